@@ -1,0 +1,424 @@
+"""XLNet: a Transformer-XL that predicts tokens in any order, by two streams of attention.
+
+The content stream `h` holds what every position says; the query stream `g` holds what can be told about a
+position without looking at its token. Both share all weights; `g` predicts, and is thrown away after pretraining.
+Sources: the paper, arXiv:1906.08237, sections 2.3 to 2.5, Transformer-XL, arXiv:1901.02860, section 3.3 and
+appendix B, and zihangdai/xlnet, modeling.py ("official" below). The official names are kept: `r_w_bias` and
+`r_r_bias` are Transformer-XL's u and v.
+
+Axes, in every einsum and every shape:
+    i  query position (qlen)           j  key position (klen = mlen + qlen)
+    b  batch (bsz)                     n  head (n_head)
+    d  width of a head (d_head)        h  width of the model (d_model)
+    m  predicted slot (num_predict)    r  relative distance, from klen down (rlen)
+"""
+
+import itertools
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # what the official code calls gelu
+}
+BLOCKED = -1e30  # added to a score: nothing is left of it after the softmax (official)
+LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
+
+
+def relative_positional_encoding(qlen, klen, d_model, clamp_len, attn_type, bi_data, bsz, device=None):
+    """Return sinusoids of every distance a query can have from a key: query position minus key position.
+
+    Row r stands for distance klen - r: from klen, one beyond the oldest memory, down to the last token as the first
+    token sees it. With bi_data the second half of the batch is read backwards and its distances change sign, so
+    that in both halves a distance means the same direction in the text.
+
+    -> [rlen, bsz, d_model]; rlen is klen + qlen with attn_type "bi", klen + 1 with "uni", which looks back only
+    clamp_len: distances are clipped to +-clamp_len; not clipped if <= 0
+    Source: Transformer-XL, section 3.3; official relative_positional_encoding.
+    """
+    last = -qlen if attn_type == "bi" else -1
+    distance = torch.arange(klen, last, -1.0, device=device)  # [rlen]
+    if clamp_len > 0:
+        distance = distance.clamp(-clamp_len, clamp_len)
+    sign = torch.ones(bsz, device=device)
+    if bi_data:
+        sign[bsz // 2 :] = -1
+    angle = torch.einsum("r,b,h->rbh", distance, sign, frequencies(d_model, device))
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def frequencies(d_model, device=None):
+    """Return the angular frequencies of the position features, 1 down to 1/10000 radians per token: [d_model / 2]."""
+    return 10000 ** (-torch.arange(0, d_model, 2.0, device=device) / d_model)
+
+
+def rel_shift(x, klen):
+    """Re-index position scores from distance to key position, without copying.
+
+    Row i of the result is row i of x from entry qlen - i on, because query i and key j lie klen - (qlen - i + j)
+    apart. Laid out in memory that is the same data read with rows one entry shorter, from entry qlen on. With
+    qlen 3, klen 4 and each entry written as its index r:
+
+        row 0   0 1 2 3 4 5 6                 3 4 5 6
+        row 1   0 1 2 3 4 5 6        ->       2 3 4 5
+        row 2   0 1 2 3 4 5 6                 1 2 3 4
+
+    x: [bsz, n_head, qlen, rlen] -> [bsz, n_head, qlen, klen], a view
+    With attn_type "uni" rlen is short and the entries after a query's own position are undefined; they are masked.
+    Source: Transformer-XL, appendix B.
+    """
+    qlen, rlen = x.shape[2:]
+    return x.flatten(2)[:, :, qlen:].unflatten(2, (qlen, rlen - 1))[..., :klen]
+
+
+def rel_shift_rows(x, start, klen):
+    """Do what `rel_shift` does for rows at chosen positions only: row m is read from entry start[m] on.
+
+    x: [bsz, n_head, num_predict, rlen]; start: [bsz, num_predict], qlen minus the position of each slot
+    -> [bsz, n_head, num_predict, klen]
+    """
+    index = start[:, None, :, None] + torch.arange(klen, device=x.device)
+    index = index.clamp(max=x.size(3) - 1)  # beyond the own position with attn_type "uni": masked
+    return x.gather(3, index.expand(-1, x.size(1), -1, -1))
+
+
+def attention_dropout(prob, rate, training):
+    """Do what F.dropout does, several times faster on a CPU, where that draws one Bernoulli variable at a time.
+
+    Sixteen random bits decide on each weight, so the true rate is the multiple of 2^-16 next to `rate`.
+
+    prob: any shape, float; rate: in [0, 1)
+    """
+    if not training or rate == 0:
+        return prob
+    if prob.device.type != "cpu":
+        return F.dropout(prob, rate)
+    size = prob.numel()
+    bits = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = (bits[:size].view(prob.shape) >= round(rate * 2**16) - 2**15).to(prob.dtype)
+    return prob * keep.div_(1 - rate)
+
+
+def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
+    """Return what the next window remembers of a layer's input.
+
+    Detached: the paper's memory carries no gradient across windows, so that a step costs the same however far
+    back it can see.
+
+    curr_out: [qlen, bsz, d_model]; prev_mem: [mlen, bsz, d_model] or None -> [at most mem_len, bsz, d_model],
+    or None if mem_len is 0
+    Source: the paper, section 2.4; official _cache_mem.
+    """
+    if mem_len == 0:
+        return None
+    if reuse_len > 0:
+        curr_out = curr_out[:reuse_len]
+    if prev_mem is not None:
+        curr_out = torch.cat([prev_mem, curr_out])
+    return curr_out[-mem_len:].detach()
+
+
+def create_mask(qlen, mlen, same_length, device=None):
+    """Return the left-to-right mask of attn_type "uni": [qlen, klen] bool, True = blocked.
+
+    Position i sees all memory and positions up to i; with same_length only the last mlen before it, so that every
+    position sees equally many. With qlen 3, mlen 2 and 1 for blocked, without and with same_length:
+
+        0 0 0 1 1        0 0 0 1 1
+        0 0 0 0 1        1 0 0 0 1
+        0 0 0 0 0        1 1 0 0 0
+
+    Source: official _create_mask.
+    """
+    ones = torch.ones(qlen, mlen + qlen, dtype=torch.bool, device=device)
+    blocked = ones.triu(mlen + 1)
+    if same_length:
+        blocked |= ones.tril(-1)
+    return blocked
+
+
+class Masks(NamedTuple):
+    """What the rows of one stream may see, and from where; a row is a position i, or a slot m in the query stream."""
+
+    attn_mask: torch.Tensor  # [bsz, 1, rows, klen], added to scores: 0 = visible, BLOCKED = not visible
+    seg_mat: Optional[torch.Tensor]  # [bsz, 1, rows, klen], 1 = the key lies in another segment; None: no segments
+    start: Optional[torch.Tensor]  # [bsz, rows], see rel_shift_rows; None: there is a row for every position
+
+    def at(self, positions):
+        """Return the masks of a query stream with rows at `positions` only: [bsz, num_predict], -1 = sees nothing."""
+        qlen, klen = self.attn_mask.shape[2:]
+        start = qlen - positions.clamp(min=0)
+        index = positions.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, klen)
+        attn_mask = self.attn_mask.gather(2, index).masked_fill((positions < 0)[:, None, :, None], BLOCKED)
+        seg_mat = None if self.seg_mat is None else self.seg_mat.gather(2, index)
+        return Masks(attn_mask, seg_mat, start)
+
+
+class RelativeAttention(nn.Module):
+    """Attention by content, relative position and segment, for both streams, with residual and LayerNorm."""
+
+    def __init__(self, d_model, n_head, d_head, dropout, dropatt):
+        super().__init__()
+        for name in ("q", "k", "v", "o", "r"):
+            self.register_parameter(name, nn.Parameter(torch.empty(d_model, n_head, d_head)))
+        for name in ("r_w_bias", "r_r_bias", "r_s_bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(n_head, d_head)))
+        self.seg_embed = nn.Parameter(torch.empty(2, n_head, d_head))
+        self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+        self.dropatt = dropatt
+
+    def rel_attn_core(self, q, k, v, k_r, masks):
+        """Return what each row reads from the keys it may see, weighted by the three scores of the paper.
+
+        q: [bsz, n_head, rows, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
+        -> [bsz, n_head, rows, d_head]
+        Source: Transformer-XL, section 3.3, terms (a) to (d); the paper, section 2.5; official rel_attn_core.
+        """
+        klen = k.size(2)
+        scale = q.size(3) ** -0.5
+
+        # (a) + (c): how well the content of the key fits
+        score = torch.einsum("bnid,bnjd->bnij", (q + self.r_w_bias[:, None]) * scale, k)
+
+        # (b) + (d): how well its distance fits
+        position = torch.einsum("bnid,bnrd->bnir", (q + self.r_r_bias[:, None]) * scale, k_r)
+        if masks.start is None:
+            score = score + rel_shift(position, klen)
+        else:
+            score = score + rel_shift_rows(position, masks.start, klen)
+
+        # Section 2.5: whether it lies in the same segment, or in another. What a row adds to all its keys alike
+        # cancels in the softmax, so it is enough to add the difference where the segment is another.
+        if masks.seg_mat is not None:
+            difference = self.seg_embed[1] - self.seg_embed[0]
+            segment = torch.einsum("bnid,nd->bni", (q + self.r_s_bias[:, None]) * scale, difference)
+            score = score + segment[..., None] * masks.seg_mat
+
+        prob = attention_dropout((score + masks.attn_mask).softmax(dim=-1), self.dropatt, self.training)
+        return torch.einsum("bnij,bnjd->bnid", prob, v)
+
+    def post_attention(self, x, attn_vec):
+        """Project the heads back to the model's width, add the residual x [rows, bsz, d_model] and normalize."""
+        return self.layer_norm(x + self.dropout(torch.einsum("bnid,hnd->ibh", attn_vec, self.o)))
+
+    def two_stream_rel_attn(self, h, g, pos_emb, mem, masks_h, masks_g, need_h):
+        """Let both streams attend to the content stream and its memory, with the same weights.
+
+        The two differ in their queries and their masks alone: h_i comes from the token and sees itself, g_m comes
+        from the position and does not.
+
+        h: [qlen, bsz, d_model]; g: [num_predict, bsz, d_model], or None for one stream; pos_emb: [rlen, bsz,
+        d_model]; mem: [mlen, bsz, d_model] or None; need_h: False if nothing reads the new h -> new h or None, new g
+        Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn.
+        """
+        cat = h if mem is None else torch.cat([mem, h])
+        k = torch.einsum("jbh,hnd->bnjd", cat, self.k)
+        v = torch.einsum("jbh,hnd->bnjd", cat, self.v)
+        k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)
+
+        new_h = None
+        if need_h:
+            q = torch.einsum("ibh,hnd->bnid", h, self.q)
+            new_h = self.post_attention(h, self.rel_attn_core(q, k, v, k_r, masks_h))
+        if g is not None:
+            q = torch.einsum("mbh,hnd->bnmd", g, self.q)
+            attn_vec = self.rel_attn_core(q, k, v, k_r, masks_g)
+            # The softmax of a row that sees nothing is uniform over all keys, its own token among them: read nothing.
+            attn_vec = attn_vec.masked_fill(masks_g.attn_mask.amax(dim=3, keepdim=True) < 0, 0)
+            g = self.post_attention(g, attn_vec)
+        return new_h, g
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward network with residual and LayerNorm: [..., d_model] -> [..., d_model]."""
+
+    def __init__(self, d_model, d_inner, dropout, ff_activation):
+        super().__init__()
+        self.layer_1 = nn.Linear(d_model, d_inner)
+        self.layer_2 = nn.Linear(d_inner, d_model)
+        self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = ACTIVATIONS[ff_activation]
+
+    def forward(self, x):
+        inner = self.dropout(self.activation(self.layer_1(x)))
+        return self.layer_norm(x + self.dropout(self.layer_2(inner)))
+
+
+class Layer(nn.Module):
+    """Two-stream attention, then the feed-forward network on either stream."""
+
+    def __init__(self, d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation):
+        super().__init__()
+        self.rel_attn = RelativeAttention(d_model, n_head, d_head, dropout, dropatt)
+        self.ff = FeedForward(d_model, d_inner, dropout, ff_activation)
+
+    def forward(self, h, g, pos_emb, mem, masks_h, masks_g, need_h):
+        """Return the new h and g, shapes as in `two_stream_rel_attn`; None for a stream that is not there."""
+        h, g = self.rel_attn.two_stream_rel_attn(h, g, pos_emb, mem, masks_h, masks_g, need_h)
+        return h if h is None else self.ff(h), g if g is None else self.ff(g)
+
+
+class XLNet(nn.Module):
+    """XLNet with its language-model head; parameters have the names and shapes of transformers' XLNetLMHeadModel.
+
+    n_token: size of the vocabulary; n_layer, n_head, d_head, d_inner, d_model: the shape, d_model even
+    dropout, dropatt: rates for hidden states and for attention weights, 0 = off
+    attn_type: "bi", or "uni" for a left-to-right Transformer-XL; same_length: with "uni", every token sees equally far
+    bi_data: the second half of the batch is read backwards; the batch size must be even
+    clamp_len: largest distance told apart, <= 0 = no limit
+    reuse_len: tokens of a window, from its beginning, that enter the memory, 0 = all; mem_len: tokens kept, 0 = none
+    ff_activation: a key of ACTIVATIONS
+    init, init_std: see `init_weights`
+    """
+
+    def __init__(self, n_token, n_layer=6, n_head=4, d_head=8, d_inner=32, d_model=32, dropout=0.1, dropatt=0.1,
+                 attn_type="bi", bi_data=False, clamp_len=-1, same_length=False, reuse_len=256, mem_len=384,
+                 ff_activation="relu", init="local", init_std=None):
+        super().__init__()
+        if d_model % 2:
+            raise ValueError(f"d_model {d_model} must be even: half of the position features are sines, half cosines")
+        if attn_type not in ("bi", "uni"):
+            raise ValueError(f"attn_type {attn_type!r} must be 'bi' or 'uni'")
+        self.attn_type, self.bi_data = attn_type, bi_data
+        self.clamp_len, self.same_length = clamp_len, same_length
+        self.reuse_len, self.mem_len = reuse_len, mem_len
+
+        self.word_embedding = nn.Embedding(n_token, d_model)
+        self.mask_emb = nn.Parameter(torch.empty(1, 1, d_model))
+        self.layer = nn.ModuleList(
+            Layer(d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation) for _ in range(n_layer)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.lm_loss = nn.Linear(d_model, n_token)
+        self.lm_loss.weight = self.word_embedding.weight  # tied, as in the official pretraining
+        self.init_weights(init, init_std)
+
+    @torch.no_grad()
+    def init_weights(self, init="local", init_std=None):
+        """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
+
+        init: "normal" stops there, as the official code does; "local" then lets each head prefer one distance, so
+        that the query stream, which starts as the same vector at every position, has neighbours to tell apart
+        init_std: None = 0.02 with "normal" (official), 0.57 / sqrt(d_model) with "local": 0.1 at width 32,
+        0.02 at width 768, and at every width logits of standard deviation 0.57 at the start
+        """
+        d_model = self.word_embedding.embedding_dim
+        if init_std is None:
+            init_std = 0.02 if init == "normal" else 0.57 / math.sqrt(d_model)
+        for name, parameter in self.named_parameters():
+            if name.endswith("layer_norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(".bias"):  # of Linear and LayerNorm; r_w_bias and its kin are queries, and random
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=init_std)
+        if init == "local":
+            distances = itertools.cycle(LOCAL_DISTANCES)
+            for layer in self.layer:
+                for r, r_r_bias in zip(layer.rel_attn.r.unbind(dim=1), layer.rel_attn.r_r_bias):
+                    prefer_distance(r, r_r_bias, next(distances))
+
+    def attention_mask(self, qlen, mlen, input_mask, perm_mask, like):
+        """Return who must not see whom, whoever sees itself: [bsz, 1, qlen, klen] as `like`, 0 or BLOCKED.
+
+        Source: official transformer_xl, "Attention mask".
+        """
+        blocked = torch.zeros(like.size(1), qlen, mlen + qlen, dtype=torch.bool, device=like.device)
+        if self.attn_type == "uni":
+            blocked |= create_mask(qlen, mlen, self.same_length, like.device)
+        if perm_mask is not None:  # all memory is visible
+            blocked[..., mlen:] |= perm_mask.permute(2, 0, 1) > 0
+        if input_mask is not None:
+            blocked[..., mlen:] |= input_mask.t()[:, None] > 0
+        return like.new_zeros(blocked.shape).masked_fill_(blocked, BLOCKED)[:, None]
+
+    def forward(self, inp_k, seg_id=None, input_mask=None, mems=None, perm_mask=None, target_mapping=None, inp_q=None):
+        """Return the logits of the predicted slots, or of every position in single-stream mode, and the new memory.
+
+        inp_k: [len, bsz] int, token ids
+        seg_id: [len, bsz] int, or None for no segments; memory counts as segment 0
+        input_mask: [len, bsz], 1 = padding, or None
+        mems: list of n_layer [mlen, bsz, d_model], or None; what the previous call returned
+        perm_mask: [len, len, bsz], 1 = position i must not see j, or None
+        target_mapping: [num_predict, bsz] int, the position of each slot, -1 for an empty one; or the same as one-hot
+            [num_predict, len, bsz]; or None for a slot at every position
+        inp_q: [len, bsz], 1 = to be predicted; or None: content stream only, for fine-tuning and features
+        -> logits [num_predict or len, bsz, n_token]; new_mems, list of n_layer [at most mem_len, bsz, d_model], or of
+            None if mem_len is 0
+        Raises ValueError if target_mapping comes without inp_q, or an odd batch with bi_data.
+        Source: official transformer_xl and lm_loss.
+        """
+        hidden, new_mems = self.hidden(inp_k, seg_id, input_mask, mems, perm_mask, target_mapping, inp_q)
+        return self.lm_loss(hidden), new_mems
+
+    def hidden(self, inp_k, seg_id=None, input_mask=None, mems=None, perm_mask=None, target_mapping=None, inp_q=None):
+        """Do what `forward` does up to the last hidden states: [num_predict or len, bsz, d_model], new_mems."""
+        qlen, bsz = inp_k.shape
+        device = inp_k.device
+        if self.bi_data and bsz % 2:
+            raise ValueError(f"batch size {bsz} must be even with bi_data: half of it is read backwards")
+        if target_mapping is not None and inp_q is None:
+            raise ValueError("target_mapping asks for predictions and needs inp_q, the query stream's input")
+        if mems is None:
+            mems = [None] * len(self.layer)
+        mlen = 0 if mems[0] is None else mems[0].size(0)
+
+        word_emb_k = self.word_embedding(inp_k)
+        h = self.dropout(word_emb_k)
+        g = None
+        if inp_q is not None:
+            if target_mapping is None:
+                g = torch.where(inp_q[:, :, None] > 0, self.mask_emb, word_emb_k)
+            else:
+                if target_mapping.dim() == 3:
+                    empty = target_mapping.sum(dim=1) == 0
+                    target_mapping = target_mapping.argmax(dim=1).masked_fill(empty, -1)
+                g = self.mask_emb.expand(target_mapping.size(0), bsz, -1)
+            g = self.dropout(g)
+
+        # What each stream may see: the query stream must guess its own token, the content stream sees itself.
+        seg_mat = None
+        if seg_id is not None:
+            cat_ids = F.pad(seg_id, (0, 0, mlen, 0))  # [j, b]; memory counts as segment 0
+            seg_mat = (seg_id.t()[:, :, None] != cat_ids.t()[:, None])[:, None].to(h.dtype)  # [b, 1, i, j]
+        masks_g = Masks(self.attention_mask(qlen, mlen, input_mask, perm_mask, like=h), seg_mat, start=None)
+        masks_h = masks_g._replace(attn_mask=masks_g.attn_mask.clone())
+        masks_h.attn_mask.diagonal(mlen, dim1=2, dim2=3).zero_()
+        if target_mapping is not None:
+            masks_g = masks_g.at(target_mapping.t())
+
+        pos_emb = relative_positional_encoding(
+            qlen, mlen + qlen, h.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, device
+        )
+        pos_emb = self.dropout(pos_emb.to(h.dtype))
+
+        new_mems = []
+        for i, layer in enumerate(self.layer):
+            new_mems.append(cache_mem(h, mems[i], self.mem_len, self.reuse_len))
+            # The last layer's content stream would feed nothing: neither the loss nor the memory.
+            need_h = g is None or i + 1 < len(self.layer)
+            h, g = layer(h, g, pos_emb, mems[i], masks_h, masks_g, need_h=need_h)
+        return self.dropout(h if g is None else g), new_mems
+
+
+def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):
+    """Change one head's position weights in place so that it starts out looking at one distance.
+
+    With u a random unit vector and p = sqrt(w) [sin(w distance), cos(w distance)], adding p u^T to r and u to
+    r_r_bias adds to the score of a key at distance x the sum over w of sqrt(w) cos(w (x - distance)), which is
+    largest at x = distance. The factors make that largest score, after the division by sqrt(d_head), `peak`.
+
+    r: [d_model, d_head]; r_r_bias: [d_head]; distance: query minus key, tokens; bias: length given to r_r_bias
+    """
+    w = frequencies(r.size(0), r.device)
+    u = F.normalize(torch.randn_like(r_r_bias), dim=0)
+    p = torch.cat([w.sqrt() * (w * distance).sin(), w.sqrt() * (w * distance).cos()])
+    r += peak * math.sqrt(r.size(1)) / (bias * w.sqrt().sum()) * torch.outer(p, u)
+    r_r_bias += bias * u
