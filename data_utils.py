@@ -1,0 +1,355 @@
+"""The way of the data: text -> ids and sentence boundaries -> windows with masked spans -> permutations.
+
+    read_text      file            -> ids of one long stream, and the places where a sentence begins
+    batchify       stream          -> one row for each member of the batch, half of them backwards with bi_data
+    create_data    row             -> a feature for each window: input, is_masked, seg_id
+    make_permute   feature         -> what the model takes: a fresh factorization order as a mask, and the targets
+
+Sources: the paper, arXiv:1906.08237, sections 2.2, 2.5 and 3.1, and zihangdai/xlnet, data_utils.py ("official").
+The official code also carries every position's next token and whether B follows A through its records; the first
+comes out as "the target of a position is the token there", the second is never read, so neither exists here.
+All randomness is drawn from the numpy Generator passed in.
+"""
+
+import string
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from pytorch_pretrained_bert import BertTokenizer
+from tqdm import tqdm
+
+VOCAB_DIR = Path(__file__).resolve().parent / "vocab"
+TOKENIZERS = {  # the large models were published with the vocabulary of the base models
+    "bert-base-uncased": "bert-base-uncased.txt",
+    "bert-large-uncased": "bert-base-uncased.txt",
+    "bert-base-cased": "bert-base-cased.txt",
+    "bert-large-cased": "bert-base-cased.txt",
+}
+MAX_GRAM = 5  # longest span, in word pieces
+
+
+class Vocabulary(NamedTuple):
+    """What the pipeline needs to know of a tokenizer."""
+
+    size: int  # one more than the largest id
+    sep_id: int
+    cls_id: int
+    eod_id: Optional[int]  # ends a document; None: the vocabulary has no such piece
+    word_start: np.ndarray  # [size] bool, by id: the piece begins a word
+
+
+class Row(NamedTuple):
+    """A contiguous part of the text, read in one direction."""
+
+    ids: np.ndarray  # [row_len] int64
+    cuts: np.ndarray  # [n_cuts] int64, ascending, without 0: positions at which a sentence begins
+    backward: bool
+
+
+def load_tokenizer(name_or_path):
+    """Return the WordPiece tokenizer of a known name, a vocab.txt, or a directory that holds one.
+
+    A vocabulary with a capital letter in any piece is a cased one, and its text keeps its case.
+
+    Raises ValueError if it is none of these, or not a vocabulary.
+    """
+    path = VOCAB_DIR / TOKENIZERS[name_or_path] if name_or_path in TOKENIZERS else Path(name_or_path)
+    if path.is_dir():
+        path = path / "vocab.txt"
+    if not path.is_file():
+        raise ValueError(
+            f"{name_or_path} is no known tokenizer and no vocabulary: "
+            f"give {', '.join(TOKENIZERS)}, a vocab.txt, or a directory that holds one"
+        )
+    try:
+        pieces = path.read_text(encoding="utf-8").split()
+        cased = any(piece != piece.lower() for piece in pieces if not is_special(piece))
+        return BertTokenizer(str(path), do_lower_case=not cased)
+    except UnicodeDecodeError:
+        raise ValueError(f"{name_or_path} is not a vocabulary: give a UTF-8 text file with one piece a line") from None
+
+
+def is_special(piece):
+    """Return whether a piece is a mark such as [SEP] or <sep> rather than text."""
+    return (piece[:1], piece[-1:]) in (("[", "]"), ("<", ">")) and len(piece) > 2
+
+
+def is_start_piece(piece):
+    """Return whether a SentencePiece piece begins a word. Source: official _is_start_piece."""
+    return piece.startswith(("▁", "<")) or (len(piece) == 1 and piece in string.punctuation)
+
+
+def vocabulary(tokenizer):
+    """Return the Vocabulary of a tokenizer.
+
+    Raises ValueError if it lacks a separator, a class mark or a piece for unknown words.
+    """
+
+    def find(*names):
+        return next((tokenizer.vocab[name] for name in names if name in tokenizer.vocab), None)
+
+    missing = [names for names in (("[SEP]", "<sep>"), ("[CLS]", "<cls>"), ("[UNK]", "<unk>")) if find(*names) is None]
+    if missing:
+        raise ValueError(f"the vocabulary has no {' and no '.join(names[0] for names in missing)}: add it as a line")
+    size = max(tokenizer.vocab.values()) + 1
+    sentence_piece = any(piece.startswith("▁") for piece in tokenizer.vocab)
+    word_start = np.zeros(size, dtype=bool)
+    for piece, i in tokenizer.vocab.items():
+        word_start[i] = is_start_piece(piece) if sentence_piece else not piece.startswith("##")
+    return Vocabulary(size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("<eod>"), word_start)
+
+
+def read_text(path, tokenizer, eod_id=None):
+    """Tokenize a text file, one sentence a line, into one long stream.
+
+    A blank line ends a document: it leaves eod_id as a sentence of its own, or nothing if that is None.
+
+    -> ids: [n_tokens] int64; cuts: [n_sentences - 1] int64, where every sentence but the first begins
+    Raises OSError if the file cannot be read, ValueError if it is not UTF-8 or holds no token.
+    """
+    ids, begins = [], []
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file, tqdm(
+        desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None
+    ) as progress:
+        for number, raw in enumerate(file, start=1):
+            progress.update(len(raw))
+            try:
+                line = raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} is not UTF-8 ({error.reason}): convert the file to UTF-8") from None
+            if line:
+                sentence = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(line))
+            else:
+                sentence = [] if eod_id is None else [eod_id]
+            if sentence:
+                begins.append(len(ids))
+                ids.extend(sentence)
+    if not ids:
+        raise ValueError("the file holds no text: give one with a sentence on each line")
+    return np.array(ids, dtype=np.int64), np.array(begins[1:], dtype=np.int64)
+
+
+def n_rows(batch_size, bi_data):
+    """Return into how many contiguous rows the text is cut; with bi_data each is read in both directions."""
+    return batch_size // 2 if bi_data else batch_size
+
+
+def batchify(ids, cuts, batch_size, bi_data):
+    """Cut the stream into batch_size rows of equal length: the forward ones, then with bi_data the same backwards.
+
+    -> list of batch_size Rows; a remainder of the text shorter than the number of rows is dropped
+    Source: official batchify and create_tfrecords.
+    """
+    count = n_rows(batch_size, bi_data)
+    row_len = len(ids) // count
+    rows = []
+    for begin in range(0, count * row_len, row_len):
+        inside = cuts[(cuts > begin) & (cuts < begin + row_len)] - begin
+        rows.append(Row(ids[begin : begin + row_len], inside, backward=False))
+    if bi_data:
+        rows += [Row(row.ids[::-1], row_len - row.cuts[::-1], backward=True) for row in rows]
+    return rows
+
+
+def n_windows(row_len, seq_len, reuse_len):
+    """Return how many windows fit into a row, one every reuse_len tokens; an incomplete one at the end is left out."""
+    return max(0, (row_len - seq_len) // reuse_len + 1)
+
+
+def split_a_and_b(row, begin_idx, tot_len, rng):
+    """Cut two segments: A from begin_idx up to a sentence's end, B what follows it or text from anywhere.
+
+    Half of the time B follows A; never, if no sentence ends within tot_len tokens. Whole sentences are taken, then
+    the longer segment loses its last token until the two are tot_len tokens long together.
+
+    -> ids of A and of B, together tot_len long; B is empty if tot_len is 1
+    Source: the paper, section 2.5; official _split_a_and_b.
+    """
+    ids, cuts = row.ids, row.cuts
+    first = np.searchsorted(cuts, begin_idx, side="right")
+    last = np.searchsorted(cuts, begin_idx + tot_len, side="left")
+    cut_points = cuts[first:last]  # sentences that begin after begin_idx and less than tot_len tokens away
+    end_idx = cuts[last] if last < len(cuts) else len(ids)
+
+    a_end = rng.choice(cut_points) if len(cut_points) else end_idx
+    if len(cut_points) and rng.random() < 0.5:
+        b_begin, b_end = a_end, end_idx
+    else:
+        b_len = max(1, tot_len - (a_end - begin_idx))
+        b_begin = rng.integers(len(ids) - b_len + 1)
+        b_end = b_begin + b_len
+        # widen to whole sentences
+        before = np.searchsorted(cuts, b_begin, side="right")
+        after = np.searchsorted(cuts, b_end, side="left")
+        b_begin = cuts[before - 1] if before > 0 else 0
+        b_end = cuts[after] if after < len(cuts) else len(ids)
+
+    a_len, b_len = a_end - begin_idx, b_end - b_begin
+    excess = a_len + b_len - tot_len
+    level = min(excess, abs(a_len - b_len))  # taken off the longer one, until both are equally long
+    if a_len > b_len:
+        a_len -= level
+    else:
+        b_len -= level
+    a_len -= (excess - level) // 2  # the rest in turns, beginning with B
+    b_len -= (excess - level + 1) // 2
+    return ids[begin_idx : begin_idx + a_len], ids[b_begin : b_begin + b_len]
+
+
+def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, reverse=False):
+    """Choose the tokens to predict: spans of 1 to MAX_GRAM pieces from a word's beginning on, P(L) ~ 1/L.
+
+    A span of L pieces stands in a context of L * mask_alpha // mask_beta further ones, so that about mask_beta
+    pieces in mask_alpha + mask_beta are chosen; single pieces drawn from the rest make up what is then missing.
+
+    word_start: [seg_len] bool, in the order of the row; reverse: the row is backward, look for spans from its end
+    -> [seg_len] bool, exactly goal_num_predict True
+    Source: the paper, section 3.1, "we first sample a length L"; official _sample_mask, which counts the pieces of
+    a span and not, as its comment says, words.
+    """
+    seg_len = len(word_start)
+    assert goal_num_predict <= seg_len and 1 <= mask_beta <= mask_alpha
+    mask = np.zeros(seg_len, dtype=bool)
+    if reverse:
+        word_start = word_start[::-1]
+    # next_start[p]: the first word that begins at p or later, seg_len if there is none
+    next_start = np.where(word_start, np.arange(seg_len), seg_len)
+    next_start = np.minimum.accumulate(next_start[::-1])[::-1].tolist()
+
+    weight = 1 / np.arange(1, MAX_GRAM + 1)
+    lengths = rng.choice(np.arange(1, MAX_GRAM + 1), size=goal_num_predict, p=weight / weight.sum()).tolist()
+    places = rng.random(goal_num_predict).tolist()  # of a span in its context, 0 = at the left end
+
+    num_predict = cur_len = 0
+    for length, place in zip(lengths, places):
+        length = min(length, goal_num_predict - num_predict)
+        if length == 0:
+            break
+        ctx_size = length * mask_alpha // mask_beta
+        l_ctx = int(place * ctx_size)
+        if cur_len + l_ctx >= seg_len:
+            break
+        beg = next_start[cur_len + l_ctx]
+        end = beg + length
+        if end >= seg_len:
+            break
+        mask[beg:end] = True
+        num_predict += length
+        cur_len = end + ctx_size - l_ctx
+
+    rest = rng.choice(np.flatnonzero(~mask), size=goal_num_predict - num_predict, replace=False)
+    mask[rest] = True
+    return mask[::-1] if reverse else mask
+
+
+def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng):
+    """Yield a feature for each window of a row, made when it is asked for.
+
+    A window advances by reuse_len. Its first reuse_len tokens, inp, are the next stretch of the text and become
+    memory; the rest is [A, SEP, B, SEP, CLS], where A goes on from inp:
+
+        input    inp ... inp   A ... A SEP   B ... B SEP   CLS
+        seg_id    0  ...  0    0 ... 0  0    1 ... 1  1     2
+
+    -> dict of input: [seq_len] int64; seg_id: [seq_len] int64; is_masked: [seq_len] bool with exactly num_predict
+    True, the larger half of them in inp
+    Source: the paper, sections 2.4 and 2.5; official create_tfrecords.
+    """
+    sep, cls = np.array([vocab.sep_id]), np.array([vocab.cls_id])
+    for window in range(n_windows(len(row.ids), seq_len, reuse_len)):
+        begin = window * reuse_len
+        inp = row.ids[begin : begin + reuse_len]
+        a, b = split_a_and_b(row, begin_idx=begin + reuse_len, tot_len=seq_len - reuse_len - 3, rng=rng)
+        rest = np.concatenate([a, sep, b, sep, cls])
+        goals = (num_predict - num_predict // 2, num_predict // 2)
+        is_masked = [
+            sample_mask(vocab.word_start[part], mask_alpha, mask_beta, goal, rng, reverse=row.backward)
+            for part, goal in zip((inp, rest), goals)
+        ]
+        yield {
+            "input": np.concatenate([inp, rest]),
+            "is_masked": np.concatenate(is_masked),
+            "seg_id": np.repeat([0, 1, 2], [reuse_len + len(a) + 1, len(b) + 1, 1]),
+        }
+
+
+def local_perm(is_masked, functional, perm_size, rng):
+    """Draw a factorization order and return the attention mask that it means.
+
+    One order of perm_size positions is drawn and used in every block of that length; an earlier block comes before
+    a later one. Tokens without a loss are given at the start and see each other. Targets see the given tokens and
+    what comes before them in the order; SEP and CLS (functional) are part of the order too, so that what they have
+    gathered is seen only by those who may, but see themselves, since nothing is to be predicted there.
+
+    Four tokens, "the cat sat [SEP]", "cat" and "sat" masked, order sat (0), [SEP] (1), the (2), cat (3):
+
+                 the cat sat SEP        1 = the row must not see the column
+            the   0   1   1   1         given: sees what is given
+            cat   0   1   0   0         last: sees all but itself
+            sat   0   1   1   1         first: sees what is given
+            SEP   0   1   0   0         second: sees sat, and itself
+
+    is_masked, functional: [part_len] bool; perm_size divides part_len
+    -> perm_mask: [part_len, part_len] bool; is_target: [part_len] bool, masked and not functional
+    Source: the paper, sections 2.2 and 2.3; official _local_perm.
+    """
+    part_len = len(is_masked)
+    blocks = np.arange(part_len).reshape(-1, perm_size)  # [n_block, perm_size]
+    order = blocks[:, rng.permutation(perm_size)].ravel()
+    is_target = is_masked & ~functional
+    in_order = is_masked | functional
+    rank = np.where(in_order, order, -1)  # everyone in the order sees what is given, which sees none of them
+    sees_below = np.where(is_target, rank, rank + 1)  # a target does not see its own rank
+    return (sees_below[:, None] <= rank) & in_order, is_target
+
+
+def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
+    """Turn a feature of `create_data` into what the model takes, under a factorization order drawn for this visit.
+
+    The first part, inp, sees nothing of the second; the second sees all of the first, which comes before it.
+
+    rng: numpy Generator, or a seed for a new one
+    -> dict of inp_k: [seq_len] int64, the tokens, targets included: the content stream needs them;
+    inp_q: [seq_len] float, 1 = to be predicted;
+    perm_mask: [seq_len, seq_len] float, 1 = row i must not see column j;
+    target_mapping: [num_predict] int64, the position of each prediction, -1 in an empty slot;
+    target: [num_predict] int64, the token there, 0 in an empty slot;
+    target_mask: [num_predict] float, 1 = counts, 0 = empty slot, which a masked SEP or CLS leaves;
+    seg_id: [seq_len] int64
+    Source: official get_dataset, parser.
+    """
+    rng = np.random.default_rng(rng)
+    inp_k, is_masked, seg_id = feature["input"], feature["is_masked"], feature["seg_id"]
+    functional = np.append(seg_id[1:] != seg_id[:-1], True)  # SEP ends A, SEP ends B, CLS is a segment of its own
+
+    perm_mask = np.zeros((seq_len, seq_len), dtype=np.float32)
+    is_target = np.zeros(seq_len, dtype=bool)
+    for part in (slice(reuse_len), slice(reuse_len, seq_len)):
+        perm_mask[part, part], is_target[part] = local_perm(is_masked[part], functional[part], perm_size, rng)
+    perm_mask[:reuse_len, reuse_len:] = 1
+
+    positions = np.flatnonzero(is_target)
+    slots = (0, num_predict - len(positions))  # empty ones at the end
+    return {
+        "inp_k": torch.from_numpy(inp_k),
+        "inp_q": torch.from_numpy(is_target.astype(np.float32)),
+        "perm_mask": torch.from_numpy(perm_mask),
+        "target_mapping": torch.from_numpy(np.pad(positions, slots, constant_values=-1)),
+        "target": torch.from_numpy(np.pad(inp_k[positions], slots)),
+        "target_mask": torch.from_numpy(np.pad(np.ones(len(positions), dtype=np.float32), slots)),
+        "seg_id": torch.from_numpy(seg_id),
+    }
+
+
+def create_batches(rows, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng):
+    """Yield the batches of one pass over the text: the next window of every row, stacked along a last axis of bsz.
+
+    -> dict as of `make_permute`, every tensor [..., bsz]
+    """
+    features = [create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng) for row in rows]
+    for window in zip(*features):
+        members = [make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng) for feature in window]
+        yield {key: torch.stack([member[key] for member in members], dim=-1) for key in members[0]}
