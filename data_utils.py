@@ -59,16 +59,14 @@ def load_tokenizer(name_or_path):
     if path.is_dir():
         path = path / "vocab.txt"
     if not path.is_file():
-        raise ValueError(
-            f"{name_or_path} is no known tokenizer and no vocabulary: "
-            f"give {', '.join(TOKENIZERS)}, a vocab.txt, or a directory that holds one"
-        )
+        known = ", ".join(TOKENIZERS)
+        raise ValueError(f"no known tokenizer and no vocabulary; give {known}, a vocab.txt or a directory with one")
     try:
         pieces = path.read_text(encoding="utf-8").split()
         cased = any(piece != piece.lower() for piece in pieces if not is_special(piece))
         return BertTokenizer(str(path), do_lower_case=not cased)
     except UnicodeDecodeError:
-        raise ValueError(f"{name_or_path} is not a vocabulary: give a UTF-8 text file with one piece a line") from None
+        raise ValueError("not a vocabulary; give a UTF-8 text file with one word piece a line") from None
 
 
 def is_special(piece):
@@ -92,7 +90,7 @@ def vocabulary(tokenizer):
 
     missing = [names for names in (("[SEP]", "<sep>"), ("[CLS]", "<cls>"), ("[UNK]", "<unk>")) if find(*names) is None]
     if missing:
-        raise ValueError(f"the vocabulary has no {' and no '.join(names[0] for names in missing)}: add it as a line")
+        raise ValueError(f"the vocabulary has no {' and no '.join(names[0] for names in missing)}; add it as a line")
     size = max(tokenizer.vocab.values()) + 1
     sentence_piece = any(piece.startswith("▁") for piece in tokenizer.vocab)
     word_start = np.zeros(size, dtype=bool)
@@ -119,7 +117,7 @@ def read_text(path, tokenizer, eod_id=None):
             try:
                 line = raw.decode("utf-8").strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"line {number} is not UTF-8 ({error.reason}): convert the file to UTF-8") from None
+                raise ValueError(f"line {number} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
             if line:
                 sentence = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(line))
             else:
@@ -128,7 +126,7 @@ def read_text(path, tokenizer, eod_id=None):
                 begins.append(len(ids))
                 ids.extend(sentence)
     if not ids:
-        raise ValueError("the file holds no text: give one with a sentence on each line")
+        raise ValueError("the file holds no text; give one with a sentence on each line")
     return np.array(ids, dtype=np.int64), np.array(begins[1:], dtype=np.int64)
 
 

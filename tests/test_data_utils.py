@@ -1,0 +1,379 @@
+"""The pipeline by its properties, for any legal flags, and against the official code's loops written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_utils
+from data_utils import Row, Vocabulary
+
+SEP, CLS = 98, 99
+N_TOKEN = 100
+
+
+def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
+    """Return a row of random ids below SEP, sentences of about `sentence` tokens, and a vocabulary for it."""
+    word_start = rng.random(N_TOKEN) < word_share
+    word_start[[SEP, CLS]] = True
+    cuts = np.flatnonzero(rng.random(row_len) < 1 / sentence)
+    row = Row(rng.integers(SEP, size=row_len), cuts[cuts > 0], backward)
+    return row, Vocabulary(N_TOKEN, SEP, CLS, None, word_start)
+
+
+@st.composite
+def legal_flags(draw):
+    """Any flags that main.check_flags lets pass, on small windows."""
+    perm_size = draw(st.integers(1, 8))
+    reuse_len = perm_size * draw(st.integers(1, 6))
+    other_len = perm_size * draw(st.integers(-(-4 // perm_size), 4 + -(-4 // perm_size)))
+    mask_beta = draw(st.integers(1, 4))
+    return dict(
+        seq_len=reuse_len + other_len, reuse_len=reuse_len, perm_size=perm_size,
+        num_predict=draw(st.integers(1, min(2 * reuse_len, 2 * other_len + 1))),
+        mask_beta=mask_beta, mask_alpha=draw(st.integers(mask_beta, 10)),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(legal_flags(), st.integers(0, 2**32), st.integers(0, 40), st.integers(1, 30), st.booleans())
+def test_every_window_is_as_designed(flags, seed, extra, sentence, backward):
+    """Lengths, segments in order, SEP and CLS in place, targets equal to the tokens there, empty slots weightless."""
+    rng = np.random.default_rng(seed)
+    seq_len, reuse_len, num_predict = flags["seq_len"], flags["reuse_len"], flags["num_predict"]
+    row, vocab = make_row(rng, seq_len + extra, sentence=sentence, backward=backward)
+    perm_size = flags.pop("perm_size")
+    features = list(data_utils.create_data(row, vocab, rng=rng, **flags))
+    assert len(features) == extra // reuse_len + 1
+    for i, feature in enumerate(features):
+        ids, seg_id, is_masked = feature["input"], feature["seg_id"], feature["is_masked"]
+        assert len(ids) == len(seg_id) == len(is_masked) == seq_len
+        assert np.array_equal(ids[:reuse_len], row.ids[i * reuse_len : (i + 1) * reuse_len])
+        assert (np.diff(seg_id) >= 0).all() and set(seg_id) == {0, 1, 2} and (seg_id == 2).sum() == 1
+        assert not seg_id[:reuse_len].any()
+        sep_a = np.flatnonzero(seg_id == 0)[-1]
+        assert [ids[sep_a], *ids[-2:]] == [SEP, SEP, CLS] and np.isin(ids, [SEP, CLS]).sum() == 3
+        a = ids[reuse_len:sep_a]  # A goes on from inp
+        assert len(a) > 0 and np.array_equal(a, row.ids[(i + 1) * reuse_len :][: len(a)])
+        assert is_masked.sum() == num_predict
+        assert is_masked[:reuse_len].sum() == num_predict - num_predict // 2
+
+        batch = data_utils.make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng)
+        check_permutation(batch, feature, reuse_len, perm_size, num_predict)
+
+
+def check_permutation(batch, feature, reuse_len, perm_size, num_predict):
+    """Hold make_permute's result against its definition, position by position."""
+    seq_len = len(feature["input"])
+    shapes = dict(inp_k=(seq_len,), inp_q=(seq_len,), perm_mask=(seq_len, seq_len), target_mapping=(num_predict,),
+                  target=(num_predict,), target_mask=(num_predict,), seg_id=(seq_len,))
+    assert {key: tuple(tensor.shape) for key, tensor in batch.items()} == shapes
+    functional = np.isin(feature["input"], [SEP, CLS])
+    is_target = feature["is_masked"] & ~functional
+    in_order = feature["is_masked"] | functional
+    filled = int(is_target.sum())
+    assert batch["target_mapping"].tolist() == [*np.flatnonzero(is_target), *[-1] * (num_predict - filled)]
+    assert batch["target"][:filled].tolist() == feature["input"][is_target].tolist()
+    assert batch["target_mask"].tolist() == [1] * filled + [0] * (num_predict - filled)
+    assert batch["inp_q"].tolist() == is_target.tolist()
+    assert batch["inp_k"].tolist() == feature["input"].tolist()  # no mask token is ever fed in
+
+    sees = batch["perm_mask"].numpy() == 0
+    assert not sees[:reuse_len, reuse_len:].any() and sees[reuse_len:, :reuse_len].all()
+    for part in (range(reuse_len), range(reuse_len, seq_len)):
+        for i in part:
+            for j in part:
+                if not in_order[j]:  # a given token is seen by all
+                    assert sees[i, j]
+                elif not in_order[i]:  # and sees no other
+                    assert not sees[i, j]
+                elif i == j:
+                    assert sees[i, i] == functional[i]
+                else:  # of two in the order exactly one comes first; the later block is the later one
+                    assert sees[i, j] != sees[j, i]
+                    block_i, block_j = (i - part[0]) // perm_size, (j - part[0]) // perm_size
+                    if block_i != block_j:
+                        assert sees[i, j] == (block_i > block_j)
+        # an order has no circles: the numbers of those seen are all different
+        ranks = [sum(sees[i, j] for j in part if in_order[j] and j != i) for i in part if in_order[i]]
+        assert sorted(ranks) == list(range(len(ranks)))
+
+
+def test_perm_mask_of_four_tokens_by_hand():
+    """The example of local_perm's docstring: "the cat sat [SEP]" in the order sat, [SEP], the, cat."""
+
+    class Order:
+        def permutation(self, n):
+            assert n == 4
+            return np.array([2, 3, 0, 1])  # the place of the, cat, sat, [SEP] in the order
+
+    mask, is_target = data_utils.local_perm(
+        np.array([False, True, True, False]), np.array([False, False, False, True]), perm_size=4, rng=Order())
+    assert mask.astype(int).tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
+    assert is_target.tolist() == [False, True, True, False]
+
+
+def test_orders_are_shared_by_blocks_and_fresh_at_each_visit():
+    """Every block of perm_size has the same order; all 6 orders of 3 are about equally frequent."""
+    rng = np.random.default_rng(0)
+    everything, nothing = np.ones(9, dtype=bool), np.zeros(9, dtype=bool)
+    counts = {}
+    for _ in range(6000):
+        mask, _ = data_utils.local_perm(everything, nothing, perm_size=3, rng=rng)
+        blocks = [mask[b : b + 3, b : b + 3] for b in (0, 3, 6)]
+        assert (blocks[0] == blocks[1]).all() and (blocks[0] == blocks[2]).all()
+        order = tuple(mask[:3, :3].sum(axis=1))
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 6
+    assert all(abs(count - 1000) < 5 * math.sqrt(6000 / 6 * 5 / 6) for count in counts.values())
+
+
+# ---------------------------------------------------------------- segments
+
+
+def split_by_scanning(row, begin_idx, tot_len, rng):
+    """The official loops over single tokens, with the draws in the order of data_utils.split_a_and_b."""
+    data_len = len(row.ids)
+    starts = np.isin(np.arange(data_len + 1), row.cuts)
+    cut_points, end_idx = [], begin_idx + 1
+    while end_idx < data_len:
+        if starts[end_idx]:
+            if end_idx - begin_idx >= tot_len:
+                break
+            cut_points.append(end_idx)
+        end_idx += 1
+    a_end = rng.choice(np.array(cut_points)) if cut_points else end_idx
+    if cut_points and rng.random() < 0.5:
+        b_begin, b_end = a_end, end_idx
+    else:
+        b_len = max(1, tot_len - (a_end - begin_idx))
+        b_begin = rng.integers(data_len - b_len + 1)
+        b_end = b_begin + b_len
+        while b_begin > 0 and not starts[b_begin]:
+            b_begin -= 1
+        while b_end < data_len and not starts[b_end]:
+            b_end += 1
+    while a_end - begin_idx + b_end - b_begin > tot_len:
+        if a_end - begin_idx > b_end - b_begin:
+            a_end -= 1
+        else:
+            b_end -= 1
+    return row.ids[begin_idx:a_end], row.ids[b_begin:b_end]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(0, 60), st.integers(1, 40), st.integers(1, 40))
+def test_segments_equal_the_official_loops(seed, tot_len, begin_idx, extra, sentence):
+    """Binary search and arithmetic give what scanning and trimming one token at a time gives."""
+    row, _ = make_row(np.random.default_rng(seed), begin_idx + tot_len + extra, sentence=sentence)
+    ours = data_utils.split_a_and_b(row, begin_idx, tot_len, np.random.default_rng(seed))
+    official = split_by_scanning(row, begin_idx, tot_len, np.random.default_rng(seed))
+    assert np.array_equal(ours[0], official[0]) and np.array_equal(ours[1], official[1])
+    assert len(ours[0]) + len(ours[1]) == tot_len and len(ours[0]) > 0
+
+
+def test_b_follows_a_half_of_the_time():
+    """Over 20,000 draws where there is a cut, within five standard errors; never where there is none."""
+    rng = np.random.default_rng(1)
+    cuts = np.arange(10, 100_000, 10)
+    row = Row(np.arange(100_000), cuts, backward=False)
+    follows = 0
+    for _ in range(20_000):
+        a, b = data_utils.split_a_and_b(row, 5000, 40, rng)
+        assert (b[0] % 10 == 0) and 1 <= len(a) <= 39
+        follows += 5000 < b[0] < 5040
+    # a random B begins there with a probability of 4 in 10,000
+    assert abs(follows / 20_000 - 0.5) < 5 * math.sqrt(0.25 / 20_000) + 4e-4
+    uncut = Row(np.arange(100_000), np.array([200, 70_000]), backward=False)
+    assert not any(5000 < data_utils.split_a_and_b(uncut, 5000, 40, rng)[1][0] < 5040 for _ in range(200))
+
+
+# ---------------------------------------------------------------- span masks
+
+
+def sample_mask_by_scanning(word_start, mask_alpha, mask_beta, goal, rng, reverse):
+    """The official loops over single tokens, with the draws in the order of data_utils.sample_mask."""
+    seg_len = len(word_start)
+    starts = list(word_start[::-1] if reverse else word_start)
+    mask = [False] * seg_len
+    pvals = [1 / n for n in range(1, 6)]
+    lengths = rng.choice(np.arange(1, 6), size=goal, p=np.array(pvals) / sum(pvals))
+    places = rng.random(goal)
+    draw = num_predict = cur_len = 0
+    spans = []
+    while cur_len < seg_len and num_predict < goal:
+        n = min(int(lengths[draw]), goal - num_predict)
+        ctx_size = (n * mask_alpha) // mask_beta
+        l_ctx = int(places[draw] * ctx_size)
+        draw += 1
+        beg = cur_len + l_ctx
+        while beg < seg_len and not starts[beg]:
+            beg += 1
+        if beg >= seg_len or beg + n >= seg_len:
+            break
+        spans.append((beg, n))
+        for i in range(beg, beg + n):
+            mask[i] = True
+        num_predict += n
+        cur_len = beg + n + ctx_size - l_ctx
+    free = [i for i in range(seg_len) if not mask[i]]
+    for i in rng.choice(free, size=goal - num_predict, replace=False):
+        mask[i] = True
+    return np.array(mask[::-1] if reverse else mask), spans
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 80), st.floats(0, 1), st.integers(1, 4), st.integers(0, 6), st.booleans())
+def test_masks_equal_the_official_loops(seed, seg_len, word_share, mask_beta, more, reverse):
+    """Also on text without a single word start, and with every token to be predicted."""
+    rng = np.random.default_rng(seed)
+    word_start = rng.random(seg_len) < word_share
+    goal = int(rng.integers(0, seg_len + 1))
+    arguments = (word_start, mask_beta + more, mask_beta, goal)
+    ours = data_utils.sample_mask(*arguments, np.random.default_rng(seed), reverse=reverse)
+    official, spans = sample_mask_by_scanning(*arguments, np.random.default_rng(seed), reverse)
+    assert np.array_equal(ours, official) and ours.sum() == goal
+    read = ours[::-1] if reverse else ours
+    text = word_start[::-1] if reverse else word_start
+    for beg, n in spans:
+        assert text[beg] and read[beg : beg + n].all()
+
+
+def test_span_lengths_follow_one_over_length():
+    """Over 20,000 spans in text of whole words: P(L) ~ 1/L, L in 1..5, each within five standard errors."""
+    rng = np.random.default_rng(2)
+    counts = np.zeros(7)
+    while counts.sum() < 20_000:
+        # far more room than the goal needs: no single pieces are filled in, and spans never touch each other
+        mask = data_utils.sample_mask(np.ones(20_000, dtype=bool), 6, 1, 1000, rng)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+        lengths = edges[1::2] - edges[::2]
+        counts += np.bincount(lengths[:-1], minlength=7)  # the last span is cut to reach the goal
+    expected = np.array([1 / n for n in range(1, 6)]) / sum(1 / n for n in range(1, 6))
+    assert counts[0] == counts[6] == 0
+    share = counts[1:6] / counts.sum()
+    assert (abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / counts.sum())).all()
+
+
+def test_spans_begin_at_words_and_end_where_their_length_says():
+    """With words of three pieces every span begins at a multiple of three, read from the end if reversed."""
+    rng = np.random.default_rng(3)
+    word_start = np.arange(3000) % 3 == 0
+    for reverse in (False, True):
+        starts = word_start[::-1] if reverse else word_start  # how such words lie in a backward row
+        mask = data_utils.sample_mask(starts, 6, 1, 100, rng, reverse=reverse)
+        read = mask[::-1] if reverse else mask
+        begins = np.flatnonzero(np.diff(np.concatenate([[0], read.astype(int)])) == 1)
+        assert len(begins) > 20 and (begins % 3 == 0).all()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_batchify_cuts_like_the_official_code():
+    """Contiguous rows of equal length, then with bi_data the same ones reversed, sentences and all."""
+    ids, cuts = np.arange(20, 33), np.array([2, 4, 6, 9])
+    plain = data_utils.batchify(ids, cuts, batch_size=2, bi_data=False)
+    assert [row.ids.tolist() for row in plain] == [list(range(20, 26)), list(range(26, 32))]
+    assert [row.cuts.tolist() for row in plain] == [[2, 4], [3]] and not any(row.backward for row in plain)
+
+    both = data_utils.batchify(ids, cuts, batch_size=4, bi_data=True)
+    assert [row.ids.tolist() for row in both[:2]] == [row.ids.tolist() for row in plain]
+    assert [row.ids.tolist() for row in both[2:]] == [row.ids[::-1].tolist() for row in plain]
+    assert [row.backward for row in both] == [False, False, True, True]
+    for forward, backward in zip(both[:2], both[2:]):
+        sentences = np.split(forward.ids, forward.cuts)
+        backwards = np.split(backward.ids, backward.cuts)
+        assert [s.tolist() for s in backwards] == [s[::-1].tolist() for s in sentences[::-1]]
+
+
+def test_batches_stack_rows_and_are_made_lazily():
+    """Member b of a batch is the next window of row b; drawing one batch reads only that."""
+    rng = np.random.default_rng(4)
+    row, vocab = make_row(rng, 10_000_000)
+    rows = data_utils.batchify(row.ids, row.cuts, batch_size=4, bi_data=True)
+    batches = data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, rng)
+    for window in range(2):
+        batch = next(batches)
+        assert batch["inp_k"].shape == (32, 4) and batch["perm_mask"].shape == (32, 32, 4)
+        for b in range(4):
+            part = rows[b].ids[16 * window : 16 * window + 16]
+            assert torch.equal(batch["inp_k"][:16, b], torch.from_numpy(part.copy()))
+    short = data_utils.batchify(row.ids[:200], row.cuts[row.cuts < 200], batch_size=4, bi_data=True)
+    assert len(list(data_utils.create_batches(short, vocab, 32, 16, 8, 6, 6, 1, rng))) == (100 - 32) // 16 + 1
+
+
+def test_the_same_generator_gives_the_same_data():
+    def draw():
+        rng = np.random.default_rng(5)
+        row, vocab = make_row(np.random.default_rng(0), 500)
+        return list(data_utils.create_batches([row], vocab, 32, 16, 8, 6, 6, 1, rng))
+
+    for one, other in zip(draw(), draw(), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------- text and vocabularies
+
+
+@pytest.fixture(scope="module")
+def uncased():
+    return data_utils.load_tokenizer("bert-base-uncased")
+
+
+def test_bundled_tokenizers(uncased):
+    """Sizes as published; only the cased ones keep case and accents; special ids are the tokenizer's own."""
+    assert uncased.tokenize("Über Paris's") == ["uber", "paris", "'", "s"]
+    vocab = data_utils.vocabulary(uncased)
+    assert (vocab.size, vocab.sep_id, vocab.cls_id, vocab.eod_id) == (30522, 102, 101, None)
+    cased = data_utils.load_tokenizer("bert-large-cased")
+    assert data_utils.vocabulary(cased).size == 28996
+    assert cased.tokenize("Paris paris") == ["Paris", "par", "##is"]
+    pieces = ["un", "##bel", "##ie", "##va", "##bly", "so"]
+    assert uncased.tokenize("unbelievably so") == pieces
+    assert vocab.word_start[uncased.convert_tokens_to_ids(pieces)].tolist() == [True, *[False] * 4, True]
+
+
+@pytest.mark.parametrize("pieces, lower", [(["the", "##s"], True), (["The", "the"], False)])
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_a_vocabulary_of_ones_own(tmp_path, pieces, lower, as_directory):
+    """A file or its directory; one piece with a capital letter, special pieces aside, makes it cased."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eod>", *pieces]))
+    tokenizer = data_utils.load_tokenizer(str(tmp_path if as_directory else tmp_path / "vocab.txt"))
+    assert tokenizer.tokenize("THE the")[0] == ("the" if lower else "[UNK]")
+    vocab = data_utils.vocabulary(tokenizer)
+    assert vocab[:4] == (7, 3, 2, 4)
+
+
+@pytest.mark.parametrize("piece, starts", [
+    ("▁the", True), ("the", False), ("<sep>", True), (",", True), ("~", True), ("...", False), ("—", False),
+])
+def test_sentence_piece_word_starts(piece, starts):
+    """The mark, a special piece, or one ASCII punctuation mark."""
+    assert data_utils.is_start_piece(piece) == starts
+
+
+def test_reading_text(tmp_path, uncased):
+    """Each line is a sentence, blank lines are skipped, or are a sentence <eod> where there is one."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfthe cat\r\n\r\n  \nsat on the mat\n\xe2\x80\x8b\nthe end")
+    the, cat, sat, on, mat, end = uncased.convert_tokens_to_ids("the cat sat on mat end".split())
+    ids, cuts = data_utils.read_text(path, uncased)
+    assert ids.tolist() == [the, cat, sat, on, the, mat, the, end] and cuts.tolist() == [2, 6]
+    ids, cuts = data_utils.read_text(path, uncased, eod_id=7)
+    assert ids.tolist() == [the, cat, 7, 7, sat, on, the, mat, the, end] and cuts.tolist() == [2, 3, 4, 8]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"fine\nnot \xff fine\n", "line 2 is not UTF-8"),
+    (b"", "holds no text"),
+    (b"\n \n", "holds no text"),
+])
+def test_unreadable_text_is_named(tmp_path, uncased, content, words):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        data_utils.read_text(path, uncased)

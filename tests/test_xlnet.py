@@ -1,0 +1,522 @@
+"""The model against the official code's outputs, transformers' XLNet, naive loops, and what must not leak."""
+
+import ast
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import data_utils
+import xlnet
+from main import lm_loss
+from xlnet import XLNet
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def randomize(model, std=0.3):
+    """Give every parameter, the zero biases too, a random value, so that none can be left out unnoticed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def random_window(rng, seq_len=24, reuse_len=12, perm_size=6, num_predict=8, n_token=50):
+    """Return a window of random tokens as make_permute gives it, with a batch axis of 1."""
+    other = seq_len - reuse_len
+    a_len = int(rng.integers(1, other - 3))
+    is_masked = np.zeros(seq_len, dtype=bool)
+    is_masked[rng.choice(seq_len, num_predict, replace=False)] = True
+    feature = {
+        "input": rng.integers(n_token, size=seq_len),
+        "is_masked": is_masked,
+        "seg_id": np.repeat([0, 1, 2], [reuse_len + a_len + 1, other - a_len - 2, 1]),
+    }
+    batch = data_utils.make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng)
+    return {key: tensor.unsqueeze(-1) for key, tensor in batch.items()}
+
+
+def call(model, batch, mems=None):
+    return model(**{key: value for key, value in batch.items() if key not in ("target", "target_mask")}, mems=mems)
+
+
+# ---------------------------------------------------------------- the official code
+
+
+def official_array(golden, kind, name):
+    """Return weight (kind "w") or gradient ("g") `name` of our model from an official file."""
+    if name == "lm_loss.bias":
+        return golden[f"{kind}/lm_loss/bias"]
+    if name == "word_embedding.weight":
+        return golden[f"{kind}/transformer/word_embedding/lookup_table"]
+    if name == "mask_emb":
+        return golden[f"{kind}/transformer/mask_emb/mask_emb"]
+    _, layer, block, *rest = name.split(".")
+    if rest[0] in ("r_w_bias", "r_r_bias", "r_s_bias", "seg_embed"):
+        return golden[f"{kind}/transformer/{rest[0]}"][int(layer)]
+    prefix = f"{kind}/transformer/layer_{layer}/{block}"
+    if rest[0] == "layer_norm":
+        return golden[f"{prefix}/LayerNorm/{'gamma' if rest[1] == 'weight' else 'beta'}"]
+    if block == "rel_attn":
+        return golden[f"{prefix}/{rest[0]}/kernel"]
+    return golden[f"{prefix}/{rest[0]}/kernel"].T if rest[1] == "weight" else golden[f"{prefix}/{rest[0]}/bias"]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("form", ["one-hot", "positions"])
+def test_official_outputs_and_gradients(path, form):
+    """Hidden states, losses, memories to 1e-5 and every gradient to 1e-4 of its norm, as the official code has them."""
+    golden = np.load(path)
+    model = XLNet(**ast.literal_eval(str(golden["config"])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(official_array(golden, "w", name)))
+
+    given = {key[3:]: torch.from_numpy(golden[key]) for key in golden.files if key.startswith("in/")}
+    target, target_mask = given.pop("target"), given.pop("target_mask")
+    if "mems" in given:
+        given["mems"] = list(given["mems"])
+    if form == "positions":
+        given["target_mapping"] = given["target_mapping"].argmax(dim=1)
+    hidden, new_mems = model.hidden(**given)
+    logits = model.lm_loss(hidden)
+    loss = lm_loss(logits, target, target_mask)
+    loss.backward()
+
+    def near(ours, key):
+        np.testing.assert_allclose(ours.detach().numpy(), golden[key], rtol=0, atol=1e-5)
+
+    near(hidden, "out/output")
+    near(loss, "out/loss")
+    near(F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target), "out/token_loss")
+    near(torch.stack(new_mems), "out/new_mems")
+    for name, parameter in model.named_parameters():
+        official = torch.from_numpy(official_array(golden, "g", name))
+        assert (parameter.grad - official).norm() <= 1e-4 * official.norm(), name
+
+
+def test_gradients_equal_finite_differences():
+    """In float64, for every parameter and the memory; gelu, because relu has no derivative at 0."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = XLNet(7, n_layer=2, n_head=2, d_head=2, d_inner=3, d_model=4, dropout=0, dropatt=0, reuse_len=3, mem_len=2,
+                  ff_activation="gelu")
+    randomize(model.double())
+    batch = random_window(rng, seq_len=8, reuse_len=3, perm_size=1, num_predict=4, n_token=7)
+    names = [name for name, _ in model.named_parameters()]
+    mems = [torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def loss(*values):
+        given = {**{key: value for key, value in batch.items() if key not in ("target", "target_mask")},
+                 "mems": list(values[:2])}
+        logits, _ = torch.func.functional_call(model, dict(zip(names, values[2:])), kwargs=given)
+        return lm_loss(logits, batch["target"], batch["target_mask"])
+
+    assert torch.autograd.gradcheck(loss, (*mems, *model.parameters()))
+
+
+# ---------------------------------------------------------------- transformers
+
+CASES = {
+    "memory and segments": dict(),
+    "first step, no memory": dict(mlen=0),
+    "mem_len 0": dict(mlen=0, mem_len=0),
+    "bi_data": dict(bi_data=True),
+    "bi_data, clamp_len": dict(bi_data=True, clamp_len=5),
+    "clamp_len": dict(clamp_len=4),
+    "uni": dict(attn_type="uni", bsz=1),  # theirs adds the two masks in place, which fails for more than one row
+    "uni, same_length, clamp_len": dict(attn_type="uni", same_length=True, clamp_len=7, bsz=1),
+    "uni, same_length, short memory": dict(attn_type="uni", same_length=True, mlen=3, bsz=1),
+    "gelu": dict(ff_activation="gelu"),
+    "gelu_new": dict(ff_activation="gelu_new"),
+    "reuse_len 0": dict(reuse_len=0),
+    "no segments": dict(segments=False),
+    "padding": dict(padding=True),
+    "one stream": dict(streams=1),
+    "one stream, no memory, padding": dict(streams=1, mlen=0, padding=True),
+    "one stream, uni, bi_data": dict(streams=1, attn_type="uni", bi_data=True, permuted=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("direction", ["theirs to ours", "ours to theirs"])
+def test_transformers_parity(case, direction):
+    """Weights copied either way give the same logits, memories and gradients as XLNetLMHeadModel, to 1e-5."""
+    torch.manual_seed(1)
+    rng = np.random.default_rng(1)
+    options = dict(
+        mlen=10, mem_len=10, reuse_len=12, attn_type="bi", bi_data=False, clamp_len=-1, same_length=False,
+        ff_activation="relu", segments=True, padding=False, streams=2, bsz=2, permuted=True)
+    options.update(case)
+    mlen, segments, padding, streams, bsz, permuted = (
+        options.pop(key) for key in ("mlen", "segments", "padding", "streams", "bsz", "permuted"))
+    ours = XLNet(50, n_layer=3, n_head=2, d_head=8, d_inner=24, d_model=16, dropout=0, dropatt=0, **options)
+    theirs = transformers.XLNetLMHeadModel(transformers.XLNetConfig(
+        vocab_size=50, n_layer=3, n_head=2, d_inner=24, d_model=16, dropout=0, use_mems_train=True, **options))
+    prefixed = {name if name.startswith("lm_loss") else f"transformer.{name}" for name in ours.state_dict()}
+    assert prefixed == set(theirs.state_dict())
+    if direction == "theirs to ours":
+        randomize(theirs)
+        ours.load_state_dict({name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()})
+    else:
+        randomize(ours)
+        theirs.load_state_dict(
+            {name if name.startswith("lm_loss") else f"transformer.{name}": w for name, w in ours.state_dict().items()})
+
+    members = [random_window(rng) for _ in range(bsz)]
+    batch = {key: torch.cat([member[key] for member in members], dim=-1) for key in members[0]}
+    target = batch.pop("target")
+    weight = batch.pop("target_mask")
+    if streams == 1:
+        batch["inp_q"] = batch["target_mapping"] = None
+        target, weight = batch["inp_k"], torch.ones(batch["inp_k"].shape)
+    if not segments:
+        batch["seg_id"] = None
+    if not permuted:
+        batch["perm_mask"] = None
+    input_mask = None
+    if padding:
+        input_mask = torch.zeros(24, bsz)
+        input_mask[20:, 0] = 1
+    mems = [torch.randn(mlen, bsz, 16) for _ in range(3)] if mlen else None
+
+    logits, new_mems = ours(**batch, input_mask=input_mask, mems=mems)
+    one_hot = None
+    if streams == 2:  # an empty slot is a row of zeros there
+        positions = batch["target_mapping"]
+        one_hot = F.one_hot(positions.clamp(min=0), 24) * (positions >= 0)[:, :, None]
+        one_hot = one_hot.permute(1, 0, 2).float()
+    output = theirs(
+        input_ids=batch["inp_k"].t(), token_type_ids=None if batch["seg_id"] is None else batch["seg_id"].t(),
+        input_mask=None if input_mask is None else input_mask.t(), mems=mems,
+        perm_mask=batch["perm_mask"].permute(2, 0, 1) if permuted else None, target_mapping=one_hot,
+        use_mems=options["mem_len"] > 0)
+    # float32, values of order 1, three layers: rounding is of order 1e-6
+    torch.testing.assert_close(logits, output.logits.transpose(0, 1), rtol=1e-5, atol=1e-5)
+    if options["mem_len"]:
+        torch.testing.assert_close(new_mems, list(output.mems), rtol=1e-5, atol=1e-5)
+    else:
+        assert new_mems == [None] * 3
+
+    lm_loss(logits, target, weight).backward()
+    lm_loss(output.logits.transpose(0, 1), target, weight).backward()
+    theirs_grad = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        if theirs_grad[name] is None:
+            assert parameter.grad is None, name
+        elif parameter.grad is None:
+            assert not theirs_grad[name].any(), name
+        else:
+            torch.testing.assert_close(parameter.grad, theirs_grad[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_rel_shift_example():
+    """The grid of the docstring."""
+    x = torch.arange(7.0).expand(1, 1, 3, 7).contiguous()
+    assert xlnet.rel_shift(x, klen=4)[0, 0].tolist() == [[3, 4, 5, 6], [2, 3, 4, 5], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("mlen", [0, 5])
+@pytest.mark.parametrize("attn_type", ["bi", "uni"])
+def test_rel_shift_equals_a_loop(mlen, attn_type):
+    """Entry (i, j) of either form is the score of distance i + mlen - j, for whole streams and for chosen rows."""
+    qlen, klen = 6, 6 + mlen
+    x = torch.randn(2, 3, qlen, klen + (qlen if attn_type == "bi" else 1))
+    shifted = xlnet.rel_shift(x, klen)
+    positions = torch.tensor([[4, 0], [1, 5]])
+    rows = torch.stack([x[b, :, positions[b]] for b in range(2)])
+    chosen = xlnet.rel_shift_rows(rows, qlen - positions, klen)
+    for i in range(qlen):
+        for j in range(klen if attn_type == "bi" else i + mlen + 1):
+            expected = x[:, :, i, klen - (i + mlen - j)]  # row r of the encoding stands for distance klen - r
+            assert torch.equal(shifted[:, :, i, j], expected)
+            for b, m in (positions == i).nonzero().tolist():
+                assert torch.equal(chosen[b, :, m, j], expected[b])
+
+
+def test_relative_positional_encoding_equals_a_loop():
+    """Each entry is the sine or cosine of distance * 10000^(-2k / d_model), the sign turned in the second half."""
+    encoding = xlnet.relative_positional_encoding(
+        qlen=3, klen=5, d_model=6, clamp_len=4, attn_type="bi", bi_data=True, bsz=4)
+    assert encoding.shape == (8, 4, 6)
+    for r in range(8):
+        for b in range(4):
+            distance = max(-4, min(4, 5 - r)) * (-1 if b >= 2 else 1)
+            angles = [distance * 10000 ** (-2 * k / 6) for k in range(3)]
+            expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert encoding[r, b].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_create_mask_example():
+    """The two masks of the docstring."""
+    assert xlnet.create_mask(3, 2, False).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    assert xlnet.create_mask(3, 2, True).int().tolist() == [[0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 0]]
+
+
+def test_rel_attn_core_equals_a_loop():
+    """The three scores of the paper, written out for every query and key."""
+    torch.manual_seed(2)
+    qlen, mlen, d_head = 4, 2, 3
+    klen = qlen + mlen
+    attn = randomize(xlnet.RelativeAttention(d_model=4, n_head=2, d_head=d_head, dropout=0, dropatt=0), std=1)
+    q, k, v = torch.randn(1, 2, qlen, d_head), torch.randn(1, 2, klen, d_head), torch.randn(1, 2, klen, d_head)
+    k_r = torch.randn(1, 2, klen + qlen, d_head)
+    visible = torch.rand(qlen, klen) < 0.7
+    visible[:, 0] = True
+    other = torch.rand(qlen, klen) < 0.5
+    mask = torch.where(visible, 0.0, xlnet.BLOCKED)
+    out = attn.rel_attn_core(q, k, v, k_r, xlnet.Masks(mask[None, None], other[None, None].float(), start=None))
+    for n in range(2):
+        for i in range(qlen):
+            scores = [
+                (
+                    (q[0, n, i] + attn.r_w_bias[n]) @ k[0, n, j]
+                    + (q[0, n, i] + attn.r_r_bias[n]) @ k_r[0, n, klen - (i + mlen - j)]
+                    + (q[0, n, i] + attn.r_s_bias[n]) @ attn.seg_embed[int(other[i, j]), n]
+                ) / math.sqrt(d_head) if visible[i, j] else torch.tensor(-math.inf)
+                for j in range(klen)
+            ]
+            expected = torch.stack(scores).softmax(dim=0) @ v[0, n]
+            torch.testing.assert_close(out[0, n, i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prev, mem_len, reuse_len, expected", [
+    (None, 0, 3, None),
+    (None, 9, 3, [0, 1, 2]),
+    (None, 2, 3, [1, 2]),
+    (None, 9, 0, [0, 1, 2, 3, 4]),
+    ([10, 11], 9, 3, [10, 11, 0, 1, 2]),
+    ([10, 11], 4, 3, [11, 0, 1, 2]),
+    ([10, 11], 2, 0, [3, 4]),
+])
+def test_cache_mem_table(prev, mem_len, reuse_len, expected):
+    """The last mem_len of old memory and the first reuse_len inputs, without a gradient."""
+    current = torch.arange(5.0, requires_grad=True)
+    memory = xlnet.cache_mem(current, None if prev is None else torch.tensor(prev).float(), mem_len, reuse_len)
+    assert (memory if memory is None else memory.tolist()) == expected
+    assert memory is None or not memory.requires_grad
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_attention_dropout_has_the_rate_and_the_mean_of_dropout(rate):
+    """Over a million weights; five standard errors of a Bernoulli mean."""
+    torch.manual_seed(3)
+    prob = torch.ones(1001, 999, requires_grad=True)  # a size that four does not divide
+    dropped = xlnet.attention_dropout(prob, rate, training=True)
+    kept = dropped != 0
+    error = 5 * math.sqrt(rate * (1 - rate) / prob.numel()) + 2**-16
+    assert abs(kept.float().mean() - (1 - rate)) <= error
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - rate)))
+    dropped.sum().backward()
+    torch.testing.assert_close(prob.grad, dropped.detach())
+    # neighbours are independent: of two adjacent weights both are kept as often as chance has it
+    both = (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert abs(both - (1 - rate) ** 2) <= 3 * error
+    assert xlnet.attention_dropout(prob, rate, training=False) is prob
+
+
+def test_dropout_acts_in_training_only():
+    """Each of the two rates alone changes a training step, and nothing changes an evaluation."""
+    batch = random_window(np.random.default_rng(4))
+    for rates in (dict(dropout=0.5, dropatt=0), dict(dropout=0, dropatt=0.5)):
+        torch.manual_seed(4)
+        model = XLNet(50, n_layer=2, reuse_len=12, **rates)
+        assert not torch.equal(call(model, batch)[0], call(model, batch)[0])
+        model.eval()
+        assert torch.equal(call(model, batch)[0], call(model, batch)[0])
+
+
+def test_dropout_acts_where_it_does_officially(monkeypatch):
+    """On embeddings, positions, attention weights, attention output, twice in the feed-forward layer, the output."""
+    seen = []
+    rows, slots, distances, inner = (24, 1, 32), (8, 1, 32), (48, 1, 32), 20
+    model = XLNet(50, n_layer=2, n_head=4, d_inner=inner)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    attention = xlnet.attention_dropout
+    monkeypatch.setattr(
+        xlnet, "attention_dropout", lambda prob, *args: seen.append(tuple(prob.shape)) or attention(prob, *args))
+    call(model, random_window(np.random.default_rng(0)))
+    expected = [rows, slots, distances]  # content, query, positions
+    expected += [(1, 4, 24, 24), rows, (24, 1, inner), rows]  # the first layer's content stream; the last has none
+    expected += [(1, 4, 8, 24), slots, (8, 1, inner), slots] * 2
+    expected += [slots]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_bi_data_reads_backwards():
+    """A text in the forward half and the same text reversed in the backward half get the same logits, reversed."""
+    torch.manual_seed(5)
+    rng = np.random.default_rng(5)
+    model = randomize(XLNet(50, n_layer=2, bi_data=True)).eval()
+    window = random_window(rng)
+    forward = {key: window[key] for key in ("inp_k", "seg_id", "perm_mask", "inp_q")}
+    backward = {key: tensor.flip(0) for key, tensor in forward.items()}
+    backward["perm_mask"] = backward["perm_mask"].flip(1)
+    logits, _ = model(**{key: torch.cat([forward[key], backward[key]], dim=-1) for key in forward})
+    torch.testing.assert_close(logits[:, 0], logits[:, 1].flip(0), rtol=1e-4, atol=1e-5)
+    plain, _ = model(**{key: torch.cat([backward[key], backward[key]], dim=-1) for key in forward})
+    assert not torch.allclose(plain[:, 0], plain[:, 1], atol=1e-3)  # the direction does matter
+
+
+def test_empty_slot_changes_nothing():
+    """A padded slot leaves the other slots' logits as they are, and costs nothing."""
+    rng = np.random.default_rng(6)
+    model = randomize(XLNet(50, n_layer=2)).eval()
+    batch = random_window(rng, num_predict=8)
+    filled = (batch["target_mapping"] >= 0).squeeze()
+    full, _ = call(model, batch)
+    longer = dict(batch, target_mapping=F.pad(batch["target_mapping"], (0, 0, 0, 3), value=-1),
+                  target=F.pad(batch["target"], (0, 0, 0, 3)), target_mask=F.pad(batch["target_mask"], (0, 0, 0, 3)))
+    padded, _ = call(model, longer)
+    torch.testing.assert_close(padded[:8][filled], full[filled])
+    torch.testing.assert_close(
+        lm_loss(padded, longer["target"], longer["target_mask"]), lm_loss(full, batch["target"], batch["target_mask"]))
+
+
+@pytest.mark.parametrize("flags, call_with, words", [
+    (dict(d_model=31), dict(), "d_model 31 must be even"),
+    (dict(attn_type="both"), dict(), "'bi' or 'uni'"),
+    (dict(bi_data=True), dict(), "batch size 1 must be even"),
+    (dict(), dict(target_mapping=torch.zeros(2, 1, dtype=torch.int64)), "needs inp_q"),
+])
+def test_wrong_calls_are_named(flags, call_with, words):
+    with pytest.raises(ValueError, match=words):
+        XLNet(50, **flags)(torch.zeros(4, 1, dtype=torch.int64), **call_with)
+
+
+# ---------------------------------------------------------------- initial weights
+
+
+@pytest.mark.parametrize("d_model, n_head", [(32, 4), (256, 4)])
+@pytest.mark.parametrize("init", ["local", "normal"])
+def test_first_loss_is_that_of_guessing(d_model, n_head, init):
+    """At every width the logits start small: the loss is near ln(n_token), 10.3 for BERT's vocabulary."""
+    torch.manual_seed(7)
+    rng = np.random.default_rng(7)
+    model = XLNet(30522, n_layer=2, n_head=n_head, d_head=d_model // n_head, d_model=d_model, init=init)
+    losses = []
+    for _ in range(5):
+        batch = random_window(rng, n_token=30522)
+        losses.append(lm_loss(call(model, batch)[0], batch["target"], batch["target_mask"]).item())
+    assert 10.2 < np.mean(losses) < 10.7
+
+
+@pytest.mark.parametrize("d_model, d_head", [(32, 8), (256, 64), (768, 64)])
+def test_local_heads_start_at_their_distance(d_model, d_head):
+    """The position score of each head is largest, and near 10, at one of -1, 1, -2, 2, ..., taken in turn."""
+    torch.manual_seed(8)
+    model = XLNet(50, n_layer=3, n_head=4, d_head=d_head, d_model=d_model, init="local")
+    encoding = xlnet.relative_positional_encoding(30, 30, d_model, -1, "bi", False, bsz=1)[:, 0]  # distances 30 to -29
+    found = []
+    for layer in model.layer:
+        attn = layer.rel_attn
+        score = torch.einsum("rh,hnd,nd->nr", encoding, attn.r, attn.r_r_bias) / math.sqrt(d_head)
+        found += (30 - score.argmax(dim=1)).tolist()
+        assert ((score.max(dim=1).values - 10).abs() < 2.5).all()  # the random rest of the weights adds to it
+    assert found == [-1, 1, -2, 2, -3, 3, -4, 4, -1, 1, -2, 2]
+
+
+def test_init_draws_what_it_says():
+    """Weights have the standard deviation asked for, biases are 0, LayerNorm is 1 and 0."""
+    torch.manual_seed(9)
+    model = XLNet(2000, n_layer=1, d_model=64, init="normal", init_std=0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_norm.weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith(".bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.3, rel=5 / math.sqrt(parameter.numel())), name
+    assert XLNet(2000, init="normal").word_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert XLNet(2000, d_model=768).word_embedding.weight.std().item() == pytest.approx(0.0206, rel=0.05)
+
+
+# ---------------------------------------------------------------- leaks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_target_leaks_to_nobody_before_it(seed):
+    """Changing a target's token moves neither its own logits nor those of targets before it, and moves the others'.
+
+    Bit for bit: what is blocked has weight 0, not little weight. With and without memory; with num_predict as large
+    as fits, where the first target of all may see nothing.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    batch = random_window(rng, num_predict=24 if seed % 4 == 0 else int(rng.integers(2, 12)),
+                          perm_size=[1, 3, 12][seed % 3])
+    model = randomize(XLNet(50, n_layer=3)).eval()
+    mems = [torch.randn(7, 1, 32) for _ in range(3)] if seed % 2 else None
+    before, _ = call(model, batch, mems)
+    slots = (batch["target_mask"][:, 0] > 0).nonzero().flatten().tolist()
+    for slot in slots:
+        position = batch["target_mapping"][slot, 0]
+        changed = dict(batch, inp_k=batch["inp_k"].clone())
+        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
+        after, _ = call(model, changed, mems)
+        for other in slots:
+            sees = batch["perm_mask"][batch["target_mapping"][other, 0], position, 0] == 0
+            assert torch.equal(before[other], after[other]) != sees, (slot, other)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_visible_token_is_seen(seed):
+    """Changing a context token moves the logits of every target that may see it, and of no other."""
+    torch.manual_seed(seed)
+    batch = random_window(np.random.default_rng(seed))
+    model = randomize(XLNet(50, n_layer=3)).eval()
+    before, _ = call(model, batch)
+    slots = (batch["target_mask"][:, 0] > 0).nonzero().flatten().tolist()
+    for position in (batch["inp_q"][:, 0] == 0).nonzero().flatten().tolist():
+        changed = dict(batch, inp_k=batch["inp_k"].clone())
+        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
+        after, _ = call(model, changed)
+        for slot in slots:
+            sees = batch["perm_mask"][batch["target_mapping"][slot, 0], position, 0] == 0
+            assert torch.equal(before[slot], after[slot]) != sees, (position, slot)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_memory_carries_what_was_cached_and_nothing_else(seed):
+    """A token of the previous window moves the next one's logits if it is in the first reuse_len, else not."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = randomize(XLNet(50, n_layer=3, reuse_len=12, mem_len=12)).eval()
+    previous, batch = random_window(rng), random_window(rng)
+    slots = batch["target_mask"][:, 0] > 0
+    before, _ = call(model, batch, call(model, previous)[1])
+    for position in range(24):
+        changed = dict(previous, inp_k=previous["inp_k"].clone())
+        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
+        after, _ = call(model, batch, call(model, changed)[1])
+        assert torch.equal(before[slots], after[slots]) == (position >= 12), position
+
+
+def test_rows_of_a_batch_are_strangers():
+    """A change in one row of a batch, its memory included, moves nothing in another row."""
+    rng = np.random.default_rng(10)
+    model = randomize(XLNet(50, n_layer=2)).eval()
+    members = [random_window(rng) for _ in range(3)]
+    batch = {key: torch.cat([member[key] for member in members], dim=-1) for key in members[0]}
+    mems = [torch.randn(5, 3, 32) for _ in range(2)]
+    before, before_mems = call(model, batch, mems)
+    changed = dict(batch, inp_k=batch["inp_k"].clone())
+    changed["inp_k"][:, 1] = 3
+    other_mems = [mem.clone() for mem in mems]
+    for mem in other_mems:
+        mem[:, 1] += 1
+    after, after_mems = call(model, changed, other_mems)
+    for row in (0, 2):
+        assert torch.equal(before[:, row], after[:, row])
+        assert all(torch.equal(a[:, row], b[:, row]) for a, b in zip(before_mems, after_mems))
+    assert not torch.equal(before[:, 1], after[:, 1])
