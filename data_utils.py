@@ -11,6 +11,8 @@ comes out as "the target of a position is the token there", the second is never 
 All randomness is drawn from the numpy Generator passed in.
 """
 
+import json
+import shutil
 import string
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -36,7 +38,8 @@ class Vocabulary(NamedTuple):
     size: int  # one more than the largest id
     sep_id: int
     cls_id: int
-    eod_id: Optional[int]  # ends a document; None: the vocabulary has no such piece
+    pad_id: Optional[int]  # None: the vocabulary has no such piece, and the next
+    eod_id: Optional[int]  # ends a document
     word_start: np.ndarray  # [size] bool, by id: the piece begins a word
 
 
@@ -64,9 +67,18 @@ def load_tokenizer(name_or_path):
     try:
         pieces = path.read_text(encoding="utf-8").split()
         cased = any(piece != piece.lower() for piece in pieces if not is_special(piece))
-        return BertTokenizer(str(path), do_lower_case=not cased)
+        tokenizer = BertTokenizer(str(path), do_lower_case=not cased)
+        tokenizer.vocab_file = path  # see save_tokenizer
+        return tokenizer
     except UnicodeDecodeError:
         raise ValueError("not a vocabulary; give a UTF-8 text file with one word piece a line") from None
+
+
+def save_tokenizer(tokenizer, directory):
+    """Write vocab.txt and tokenizer_config.json, from which transformers' AutoTokenizer gives the same ids."""
+    shutil.copyfile(tokenizer.vocab_file, Path(directory) / "vocab.txt")
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.basic_tokenizer.do_lower_case}
+    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def is_special(piece):
@@ -96,7 +108,8 @@ def vocabulary(tokenizer):
     word_start = np.zeros(size, dtype=bool)
     for piece, i in tokenizer.vocab.items():
         word_start[i] = is_start_piece(piece) if sentence_piece else not piece.startswith("##")
-    return Vocabulary(size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("<eod>"), word_start)
+    return Vocabulary(size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("[PAD]", "<pad>"), find("<eod>"),
+                      word_start)
 
 
 def read_text(path, tokenizer, eod_id=None):
@@ -243,8 +256,8 @@ def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, revers
     return mask[::-1] if reverse else mask
 
 
-def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng):
-    """Yield a feature for each window of a row, made when it is asked for.
+def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng, first_window=0):
+    """Yield a feature for each window of a row from first_window on, made when it is asked for.
 
     A window advances by reuse_len. Its first reuse_len tokens, inp, are the next stretch of the text and become
     memory; the rest is [A, SEP, B, SEP, CLS], where A goes on from inp:
@@ -257,7 +270,7 @@ def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_be
     Source: the paper, sections 2.4 and 2.5; official create_tfrecords.
     """
     sep, cls = np.array([vocab.sep_id]), np.array([vocab.cls_id])
-    for window in range(n_windows(len(row.ids), seq_len, reuse_len)):
+    for window in range(first_window, n_windows(len(row.ids), seq_len, reuse_len)):
         begin = window * reuse_len
         inp = row.ids[begin : begin + reuse_len]
         a, b = split_a_and_b(row, begin_idx=begin + reuse_len, tot_len=seq_len - reuse_len - 3, rng=rng)
@@ -342,12 +355,13 @@ def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
     }
 
 
-def create_batches(rows, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng):
-    """Yield the batches of one pass over the text: the next window of every row, stacked along a last axis of bsz.
+def create_batches(rows, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng, first_window=0):
+    """Yield the batches of a pass from first_window on: the next window of every row, stacked along a last axis, bsz.
 
     -> dict as of `make_permute`, every tensor [..., bsz]
     """
-    features = [create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng) for row in rows]
+    sizes = (seq_len, reuse_len, num_predict, mask_alpha, mask_beta)
+    features = [create_data(row, vocab, *sizes, rng, first_window) for row in rows]
     for window in zip(*features):
         members = [make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng) for feature in window]
         yield {key: torch.stack([member[key] for member in members], dim=-1) for key in members[0]}

@@ -1,195 +1,240 @@
 """Pretrain XLNet on a text file, one sentence a line, a blank line between documents.
 
     python main.py
-    python main.py --data my.txt --tokenizer bert-base-cased --n_layer 4 --d_model 64 --d_head 16
+    python main.py --data my.txt --valid held_out.txt --output_dir out --n_layer 4 --d_model 64 --d_head 16
+    python main.py --output_dir out --resume
     python main.py --data ./data.txt --tokenizer bert-base-uncased --seq_len 512 --reuse_len 256 --perm_size 256 \\
       --bi_data True --mask_alpha 6 --mask_beta 1 --num_predict 85 --mem_len 384 --num_step 100
 
-Each line printed is one window: its cost in nats per predicted token. Guessing costs ln(size of the vocabulary),
-10.3 for BERT's; knowing how often each word piece occurs costs the unigram entropy, which the first line prints.
+Each line printed is one step, a window of the text: its cost in nats per predicted token. Guessing costs ln(size of
+the vocabulary), 10.3 for BERT's; knowing how often each word piece occurs costs the unigram entropy, which the first
+line prints.
 """
 
 import argparse
+import contextlib
+import csv
+import hashlib
 import math
 import os
+import pickle
+import shutil
+import signal
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data_utils
-from xlnet import ACTIVATIONS, XLNet
+import xlnet
 
 HERE = Path(__file__).resolve().parent
+MAY_CHANGE = {  # when a run goes on; text and vocabulary are compared by content
+    "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
+    "output_dir", "resume", "tensorboard",
+}
+SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
+METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per_second", "validation_cost")
 
 
 class UserError(Exception):
     """A mistake that the user can mend; its text is one line that names the flag, the value and the remedy."""
 
 
+# ---------------------------------------------------------------- flags
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and which takes no abbreviated flags."""
+    """An ArgumentParser whose errors are one line and whose result has only flags given; `defaults` has them all."""
 
     def __init__(self):
-        super().__init__(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        self.defaults = {}
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def flags(self, title):
+        """Return a function that adds a flag to a new group: name or names, default, help, and add_argument's own."""
+        group = self.add_argument_group(title)
+
+        def flag(names, default, help, **kwargs):
+            self.defaults[names.split()[0]] = default
+            shown = "" if default is None else f" (default: {default})"
+            group.add_argument(*(f"--{name}" for name in names.split()), help=help + shown, **kwargs)
+
+        return flag
+
 
 def number(kind, least, below=math.inf):
-    """Return an argparse type: an int or a float from `least` on and less than `below`."""
+    """Return add_argument's type and metavar for an int or a float from `least` on and less than `below`."""
 
     def convert(text):
-        try:
-            value = kind(text)
-            if least <= value < below:
-                return value
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) < below:
+                return kind(text)
         what = "a whole number" if kind is int else "a number"
         limit = f"of at least {least}" + ("" if below == math.inf else f" and below {below}")
         raise argparse.ArgumentTypeError(f"{text!r} will not do; give {what} {limit}")
 
-    return convert
+    return {"type": convert, "metavar": "N"}
 
 
 def true_or_false(text):
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} will not do; give True or False")
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} will not do; give True or False")
+    return text.lower() in ("true", "yes", "1")
 
 
 def build_parser():
     parser = Parser()
+    positive, natural, real, rate = number(int, 1), number(int, 0), number(float, 0), number(float, 0, below=1)
+    boolean, file, folder = {"type": true_or_false, "metavar": "BOOL"}, {"metavar": "FILE"}, {"metavar": "DIR"}
 
-    def flag(group, *names, help, default=None, **kwargs):
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(*names, default=default, help=help.replace("%", "%%") + shown, **kwargs)
+    flag = parser.flags("data")
+    flag("data", None, "UTF-8 text, a sentence a line, a blank line between documents (default: data.txt beside main)",
+         **file)
+    flag("tokenizer", "bert-base-uncased", f"{', '.join(data_utils.TOKENIZERS)}, a vocab.txt or a directory with one",
+         metavar="NAME")
+    flag("seq_len", 512, "tokens in a window", **number(int, 5))
+    flag("reuse_len", 256, "tokens at a window's beginning that become memory; the next window begins after them",
+         **positive)
+    flag("perm_size", 256, "tokens permuted together; must divide reuse_len and seq_len - reuse_len", **positive)
+    flag("bi_data", False, "True: half of the batch reads the text backwards; needs an even batch_size", **boolean)
+    flag("mask_alpha", 6, "L predicted tokens in a row stand among L * mask_alpha / mask_beta others", **positive)
+    flag("mask_beta", 1, "see mask_alpha; not above it", **positive)
+    flag("num_predict", 85, "tokens predicted in a window", **positive)
+    flag("mem_len", 384, "tokens of earlier windows kept as memory, 0 = none", **natural)
 
-    data = parser.add_argument_group("data")
-    flag(data, "--data", metavar="FILE", help="UTF-8 text, one sentence a line, blank line between documents "
-         "(default: data.txt beside main.py)")
-    flag(data, "--tokenizer", metavar="NAME", default="bert-base-uncased",
-         help=f"{', '.join(data_utils.TOKENIZERS)}, a vocab.txt or a directory with one")
-    flag(data, "--seq_len", type=number(int, 5), metavar="N", default=512, help="tokens in a window")
-    flag(data, "--reuse_len", type=number(int, 1), metavar="N", default=256,
-         help="tokens, from the window's beginning, that become memory; the next window begins so much later")
-    flag(data, "--perm_size", type=number(int, 1), metavar="N", default=256,
-         help="tokens permuted together; must divide reuse_len and seq_len - reuse_len")
-    flag(data, "--bi_data", type=true_or_false, metavar="BOOL", default=False,
-         help="True: half of the batch reads the text backwards; needs an even batch_size")
-    flag(data, "--mask_alpha", type=number(int, 1), metavar="N", default=6,
-         help="a span of L predicted tokens stands in a context of L * mask_alpha / mask_beta tokens")
-    flag(data, "--mask_beta", type=number(int, 1), metavar="N", default=1, help="see mask_alpha; not above it")
-    flag(data, "--num_predict", type=number(int, 1), metavar="N", default=85, help="tokens predicted in a window")
-    flag(data, "--mem_len", type=number(int, 0), metavar="N", default=384,
-         help="tokens of earlier windows kept as memory, 0 = none")
+    flag = parser.flags("model")
+    flag("n_layer", 6, "layers", **positive)
+    flag("n_head", 4, "attention heads in a layer", **positive)
+    flag("d_head", 8, "width of a head", **positive)
+    flag("d_model", 32, "width of the model, even", **number(int, 2))
+    flag("d_inner", 32, "width inside the feed-forward layer", **positive)
+    flag("dropout", 0.1, "dropout of hidden states and positions, 0 = off", **rate)
+    flag("dropatt", 0.1, "dropout of attention weights, 0 = off", **rate)
+    flag("ff_activation", "relu", "gelu_new: the tanh form, the official code's gelu", choices=xlnet.ACTIVATIONS)
+    flag("attn_type", "bi", "bi: XLNet; uni: tokens see only what is to their left", choices=("bi", "uni"))
+    flag("clamp_len", -1, "largest distance told apart, tokens; 0 or -1 = no limit", **number(int, -1))
+    flag("same_length", False, "True: with attn_type uni, every token sees equally far back", **boolean)
+    flag("init", "local", "local: each head starts out looking at one distance, -4 to 4; normal: as the official code",
+         choices=("local", "normal"))
+    flag("init_std", None, "standard deviation of the initial weights (default: 0.57 / sqrt(d_model) with local, 0.02 "
+         "with normal)", **real)
 
-    model = parser.add_argument_group("model")
-    flag(model, "--n_layer", type=number(int, 1), metavar="N", default=6, help="layers")
-    flag(model, "--n_head", type=number(int, 1), metavar="N", default=4, help="attention heads in a layer")
-    flag(model, "--d_head", type=number(int, 1), metavar="N", default=8, help="width of a head")
-    flag(model, "--d_model", type=number(int, 2), metavar="N", default=32, help="width of the model, even")
-    flag(model, "--d_inner", type=number(int, 1), metavar="N", default=32, help="width inside the feed-forward layer")
-    flag(model, "--dropout", type=number(float, 0, below=1), metavar="RATE", default=0.1,
-         help="dropout of hidden states and positions, 0 = off")
-    flag(model, "--dropatt", type=number(float, 0, below=1), metavar="RATE", default=0.1,
-         help="dropout of attention weights, 0 = off")
-    flag(model, "--ff_activation", choices=ACTIVATIONS, default="relu",
-         help="relu, gelu, or gelu_new, the tanh form that the official code calls gelu")
-    flag(model, "--attn_type", choices=("bi", "uni"), default="bi",
-         help="bi: XLNet; uni: tokens see only what is to their left")
-    flag(model, "--clamp_len", type=number(int, -1), metavar="N", default=-1,
-         help="largest distance told apart, tokens; 0 or -1 = no limit")
-    flag(model, "--same_length", type=true_or_false, metavar="BOOL", default=False,
-         help="True: with attn_type uni, every token sees equally far back")
-    flag(model, "--init", choices=("local", "normal"), default="local",
-         help="local: each head starts out looking at one distance, -4 to 4; normal: as in the official code")
-    flag(model, "--init_std", type=number(float, 0), metavar="STD",
-         help="standard deviation of the initial weights (default: 0.57 / sqrt(d_model) with local, 0.02 with normal)")
+    flag = parser.flags("optimizer")
+    flag("batch_size", None, "rows the text is cut into, which advance together (default: 1, or 2 with --bi_data True)",
+         **positive)
+    flag("learning_rate", 2e-3, "peak of the schedule", **real)
+    flag("weight_decay", 0.01, "AdamW's decay, on all weights but biases and LayerNorm, 0 = off", **real)
+    flag("adam_epsilon", 1e-8, "AdamW's epsilon", **real)
+    flag("warmup_steps", 0, "updates over which the learning rate rises from 0, 0 = off", **natural)
+    flag("decay_method", "constant", "after the warm-up: constant, poly (a straight line) or cos down to min_lr_ratio",
+         choices=("constant", "poly", "cos"))
+    flag("min_lr_ratio", 0.0, "learning rate of the last update as a share of learning_rate", **real)
+    flag("clip", 0.25, "largest norm of the gradient, 0 = off", **real)
+    flag("grad_accum_steps", 1, "steps whose mean gradient makes one update", **positive)
 
-    optimizer = parser.add_argument_group("optimizer")
-    flag(optimizer, "--batch_size", type=number(int, 1), metavar="N",
-         help="rows into which the text is cut and which advance together (default: 1, or 2 with --bi_data True)")
-    flag(optimizer, "--learning_rate", type=number(float, 0), metavar="LR", default=2e-3, help="peak of the schedule")
-    flag(optimizer, "--weight_decay", type=number(float, 0), metavar="RATE", default=0.01,
-         help="AdamW's decay, on all weights but biases and LayerNorm, 0 = off")
-    flag(optimizer, "--adam_epsilon", type=number(float, 0), metavar="EPS", default=1e-8, help="AdamW's epsilon")
-    flag(optimizer, "--warmup_steps", type=number(int, 0), metavar="N", default=0,
-         help="updates over which the learning rate rises from 0, 0 = off")
-    flag(optimizer, "--decay_method", choices=("constant", "poly", "cos"), default="constant",
-         help="after the warm-up: constant, poly (a straight line) or cos down to min_lr_ratio at the last update")
-    flag(optimizer, "--min_lr_ratio", type=number(float, 0), metavar="RATIO", default=0.0,
-         help="last learning rate as a share of learning_rate")
-    flag(optimizer, "--clip", type=number(float, 0), metavar="NORM", default=0.25,
-         help="largest norm of the gradient, 0 = off")
-    flag(optimizer, "--grad_accum_steps", type=number(int, 1), metavar="N", default=1,
-         help="windows whose mean gradient makes one update")
-
-    run = parser.add_argument_group("run")
-    flag(run, "--num_step", "--num_epoch", type=number(int, 1), metavar="N",
-         help="passes over the text (default: 100, or as many as --train_steps takes)")
-    flag(run, "--train_steps", type=number(int, 1), metavar="N", help="stop after so many updates (default: no limit)")
-    flag(run, "--seed", type=number(int, 0), metavar="N", default=0,
-         help="of all random numbers; the same seed prints the same lines")
-    flag(run, "--device", choices=("auto", "cpu", "cuda"), default="auto",
-         help="auto: cuda where there is one, else cpu")
+    flag = parser.flags("run")
+    flag("num_step num_epoch", None, "passes over the text (default: 100, or all that --train_steps takes)", **positive)
+    flag("train_steps", None, "stop after so many updates (default: no limit)", **positive)
+    flag("seed", 0, "of all random numbers; the same seed prints the same lines", **natural)
+    flag("device", "auto", "auto: cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"))
+    flag("output_dir", None, "folder for checkpoints, metrics.csv and loss.png (default: nothing is saved)", **folder)
+    flag("save_steps", None, "steps between checkpoints; there is one at the end too (default: a pass)", **positive)
+    flag("save_total_limit", 3, "checkpoints kept, the newest ones, 0 = all", **natural)
+    flag("resume", None, "go on with the newest whole checkpoint of --output_dir, or one named, and its flags",
+         nargs="?", const="", **folder)
+    flag("init_checkpoint", None, "start from weights and shape of a checkpoint, or of any Hugging Face XLNet", **folder)
+    flag("valid", None, "held-out text, judged on the same targets every time (default: none)", **file)
+    flag("eval_steps", None, "steps between evaluations on --valid (default: a pass)", **positive)
+    flag("tensorboard", None, "write TensorBoard event files into --output_dir", action="store_true")
     return parser
+
+
+def settle(given, state=None):
+    """Return all flags as a Namespace: those given, under them what a run or a checkpoint fixes, and the defaults.
+
+    given: dict of the flags on the command line; state: of the checkpoint with which a run goes on, or None
+    Raises UserError for flags that contradict what is fixed, or that do not go together.
+    """
+    fixed, source = {}, given.get("init_checkpoint")
+    if state:
+        fixed, source = dict(state["flags"]), state["checkpoint"]
+        if {"num_step", "train_steps"} & set(given):  # one of them replaces both
+            fixed["num_step"] = fixed["train_steps"] = None
+    elif source:
+        try:
+            config = xlnet.read_config(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--init_checkpoint {source}: {error}; give the folder of an XLNet") from None
+        fixed = {name: config[name] for name in SHAPE if name in config}
+        if (Path(source) / "vocab.txt").is_file():
+            fixed["tokenizer"] = source
+    for name, value in given.items():
+        if name in fixed and name not in MAY_CHANGE and value != fixed[name]:
+            raise UserError(f"--{name} {value} contradicts {source}, where it is {fixed[name]}; leave it out")
+    args = argparse.Namespace(**build_parser().defaults | fixed | given)
+    args.data = args.data or str(HERE / "data.txt")
+    args.batch_size = args.batch_size or (2 if args.bi_data else 1)
+    if args.num_step is None and args.train_steps is None:
+        args.num_step = 100
+    check_flags(args)
+    return args
 
 
 def check_flags(args):
     """Raise UserError for flags that do not go together."""
-    if args.reuse_len >= args.seq_len - 3:
-        raise UserError(
-            f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
-            f"--seq_len {args.seq_len}; give at most {args.seq_len - 4}"
-        )
     other_len = args.seq_len - args.reuse_len
-    common = math.gcd(args.reuse_len, other_len)
-    if common % args.perm_size:
-        divisors = [n for n in range(1, common + 1) if common % n == 0]
-        near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
-        raise UserError(
-            f"--perm_size {args.perm_size} must divide --reuse_len {args.reuse_len} and "
-            f"--seq_len - --reuse_len = {other_len}; try {' or '.join(map(str, near))}"
-        )
-    # the larger half is predicted in the first part, see create_data
-    largest = min(2 * args.reuse_len, 2 * other_len + 1)
-    if args.num_predict > largest:
-        raise UserError(
-            f"--num_predict {args.num_predict} does not fit into --seq_len {args.seq_len} "
-            f"with --reuse_len {args.reuse_len}; give at most {largest}"
-        )
-    if args.mask_beta > args.mask_alpha:
-        raise UserError(f"--mask_beta {args.mask_beta} is above --mask_alpha {args.mask_alpha}; give at most that")
-    if args.d_model % 2:
-        raise UserError(f"--d_model {args.d_model} is odd, half of the position features are sines; "
-                         f"try {args.d_model + 1}")
-    if args.bi_data and args.batch_size % 2:
-        raise UserError(f"--batch_size {args.batch_size} is odd, but with --bi_data True half of it reads backwards; "
-                         f"try {args.batch_size + 1}")
-    if args.min_lr_ratio > 1:
-        raise UserError(f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; give auto or cpu")
+    divisors = [n for n in range(1, other_len + 1) if args.reuse_len % n == 0 and other_len % n == 0]
+    near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
+    largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
+    no_cuda = args.device == "cuda" and not torch.cuda.is_available()
+    for wrong, message in (
+        (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
+         f"--seq_len {args.seq_len}; give at most {args.seq_len - 4}"),
+        (args.perm_size not in divisors, f"--perm_size {args.perm_size} must divide --reuse_len {args.reuse_len} and "
+         f"--seq_len - --reuse_len = {other_len}; try {' or '.join(map(str, near))}"),
+        (args.num_predict > largest, f"--num_predict {args.num_predict} does not fit into --seq_len {args.seq_len} "
+         f"with --reuse_len {args.reuse_len}; give at most {largest}"),
+        (args.mask_beta > args.mask_alpha, f"--mask_beta {args.mask_beta} is above --mask_alpha {args.mask_alpha}; "
+         f"give at most that"),
+        (args.d_model % 2, f"--d_model {args.d_model} is odd, and half of the position features are sines; "
+         f"try {args.d_model + 1}"),
+        (args.bi_data and args.batch_size % 2, f"--batch_size {args.batch_size} is odd, and with --bi_data True half "
+         f"of it reads backwards; try {args.batch_size + 1}"),
+        (args.min_lr_ratio > 1, f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1"),
+        (no_cuda, "--device cuda: PyTorch finds no CUDA device here; give auto or cpu"),
+        (args.output_dir and args.n_head * args.d_head != args.d_model, f"--n_head {args.n_head} times --d_head "
+         f"{args.d_head} is not --d_model {args.d_model}, which a Hugging Face XLNet needs; leave out --output_dir, or "
+         f"try --d_head {max(1, args.d_model // args.n_head)}"),
+        (args.save_steps and not args.output_dir, f"--save_steps {args.save_steps} needs --output_dir; give a folder"),
+        (args.tensorboard and not args.output_dir, "--tensorboard needs --output_dir; give a folder"),
+        (args.eval_steps and not args.valid, f"--eval_steps {args.eval_steps} needs --valid; give a held-out text"),
+    ):
+        if wrong:
+            raise UserError(message)
 
 
-def get_lr(step, args, total_steps):
-    """Return the learning rate of an update, counted from 0, of total_steps.
+# ---------------------------------------------------------------- pure functions
+
+
+def get_lr(update, args, total_updates):
+    """Return the learning rate of an update, counted from 0, of total_updates.
 
     Source: official model_utils.get_train_op, with the decay's last value at the last update.
     """
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, total_steps - 1 - args.warmup_steps)  # 0 to 1
+    if update < args.warmup_steps:
+        return args.learning_rate * (update + 1) / args.warmup_steps
+    done = (update - args.warmup_steps) / max(1, total_updates - 1 - args.warmup_steps)  # 0 to 1
     left = {"constant": 1, "poly": 1 - done, "cos": (1 + math.cos(math.pi * done)) / 2}[args.decay_method]
     return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * left)
 
@@ -220,119 +265,411 @@ def unigram_entropy(ids):
     return float(-(share * np.log(share)).sum())
 
 
-def load_data(args):
-    """Return the Vocabulary, the ids and the rows of args.data; raise UserError if that fails."""
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(output_dir):
+    """Return the checkpoints of a run, the newest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def open_output_dir(output_dir, resumed):
+    """Make the folder of a run; raise UserError if it cannot be written, or holds another run."""
     try:
-        tokenizer = data_utils.load_tokenizer(args.tokenizer)
-        vocab = data_utils.vocabulary(tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
-    try:
-        ids, cuts = data_utils.read_text(args.data, tokenizer, vocab.eod_id)
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
-        raise UserError(f"--data {args.data}: {error.strerror}; give a text file") from None
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; give a folder to write to") from None
+    if checkpoints(output_dir) and not resumed:
+        raise UserError(f"--output_dir {output_dir} holds a run already; go on with --resume, or give another folder")
+
+
+def save_checkpoint(args, run):
+    """Write checkpoint-<step>, under a temporary name until it is whole and on disk, and drop the oldest ones.
+
+    Raises OSError if that fails; the earlier checkpoints stay as they are.
+    """
+    checkpoint = Path(args.output_dir) / f"checkpoint-{run.step}"
+    temporary = Path(args.output_dir) / f".checkpoint-{run.step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        # transformers' BERT tokenizer puts [CLS] first: that is where fine-tuning has to look
+        run.model.save_pretrained(temporary, summary_type="first", pad_token_id=run.vocab.pad_id,
+                                  bos_token_id=run.vocab.cls_id, eos_token_id=run.vocab.sep_id)
+        data_utils.save_tokenizer(run.tokenizer, temporary)
+        torch.save(run.state_dict(), temporary / "trainer_state.pt")
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        (temporary / "SHA256SUMS").write_text("".join(sums))  # as `sha256sum --check` reads it
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        if checkpoint.exists():  # a damaged one, or newer than the one from which the run goes on
+            shutil.rmtree(checkpoint)
+        temporary.rename(checkpoint)
+        sync(checkpoint.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are how libraries tell of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{checkpoint} cannot be saved: {error}") from None
+    older = [path for path in checkpoints(args.output_dir) if path != checkpoint]
+    for path in older[args.save_total_limit - 1 :] if args.save_total_limit else ():
+        shutil.rmtree(path)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def damage(checkpoint):
+    """Return which file of a checkpoint is not as it was written, or None."""
+    try:
+        sums = dict(line.split("  ")[::-1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
+        if not {"model.safetensors", "trainer_state.pt"} <= set(sums):
+            return "SHA256SUMS"
+        return next((name for name, digest in sums.items() if sha256(checkpoint / name) != digest), None)
+    except (OSError, ValueError) as error:
+        return Path(getattr(error, "filename", None) or "SHA256SUMS").name
+
+
+def load_state(given):
+    """Return the state of the checkpoint that --resume means, given the flags on the command line."""
+    if "output_dir" not in given:
+        raise UserError("--resume needs --output_dir, or the name of a checkpoint")
+    for checkpoint in [Path(given["resume"])] if given["resume"] else checkpoints(given["output_dir"]):
+        if damaged := damage(checkpoint):
+            print(f"main.py: {checkpoint} is damaged: {damaged} is not as it was written", file=sys.stderr)
+            continue
+        try:
+            state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+            return state | {"checkpoint": str(checkpoint)}
+        except pickle.UnpicklingError:
+            raise UserError(f"--resume: {checkpoint}/trainer_state.pt holds more than tensors and plain values and may "
+                            f"run code; do not trust this folder") from None
+    raise UserError(f"--resume: there is no whole checkpoint in {given['resume'] or given['output_dir']}; "
+                    f"start anew without it, in another folder")
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Log:
+    """What a run tells: lines on stdout, a bar on a terminal, metrics.csv and TensorBoard events in output_dir."""
+
+    def __init__(self, args, step, last):
+        self.progress = tqdm(initial=step, total=last, unit="step", leave=False, disable=None)
+        self.file = self.events = None
+        if args.output_dir:
+            self.file = open_metrics(args.output_dir, step)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(args.output_dir, purge_step=step + 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def line(self, text):
+        with self.progress.external_write_mode():
+            print(text, flush=True)
+
+    def metrics(self, metrics):
+        """Write one row, and no value that the step does not have."""
+        self.progress.update()
+        if self.file:
+            csv.DictWriter(self.file, METRICS).writerow(metrics)
+            self.file.flush()
+        if self.events:
+            for name in METRICS[2:]:
+                if name in metrics:
+                    self.events.add_scalar(name, metrics[name], metrics["step"])
+
+    def close(self):
+        for each in (self.progress, self.file, self.events):
+            if each is not None:
+                each.close()
+
+
+def open_metrics(output_dir, step):
+    """Return metrics.csv open for appending, without rows of steps after `step`, which will be made again."""
+    path = Path(output_dir) / "metrics.csv"
+    kept = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(path.with_suffix(".tmp"), path)
+    return open(path, "a", newline="")
+
+
+def draw_loss(output_dir):
+    """Draw loss.png from metrics.csv, where matplotlib is installed: each step, the running mean, validation."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    table = np.genfromtxt(Path(output_dir) / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    step, cost, valid = table["step"], table["cost"], table["validation_cost"]
+    width = min(50, len(cost))
+    mean = np.convolve(cost, np.full(width, 1 / width), mode="valid")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="cost, nats per predicted token")
+    axes.plot(step, cost, color="0.8", linewidth=0.8, label="training, each step")
+    axes.plot(step[width // 2 :][: len(mean)], mean, label=f"training, mean of {width} steps around")
+    if np.isfinite(valid).any():
+        axes.plot(step[np.isfinite(valid)], valid[np.isfinite(valid)], marker=".", label="validation")
+    axes.legend()
+    figure.savefig(Path(output_dir) / "loss.png", dpi=100)
+
+
+# ---------------------------------------------------------------- training
+
+
+def load_rows(flag, args, tokenizer, vocab):
+    """Return the ids and the rows of the text that a flag names; raise UserError if that fails."""
+    path = getattr(args, flag)
+    try:
+        ids, cuts = data_utils.read_text(path, tokenizer, vocab.eod_id)
+    except OSError as error:
+        raise UserError(f"--{flag} {path}: {error.strerror}; give a text file") from None
     except ValueError as error:
-        raise UserError(f"--data {args.data}: {error}") from None
+        raise UserError(f"--{flag} {path}: {error}") from None
     rows = data_utils.n_rows(args.batch_size, args.bi_data)
     if len(ids) < rows * args.seq_len:
         raise UserError(
-            f"--data {args.data} has {len(ids)} tokens and needs {rows * args.seq_len}, a window of --seq_len "
+            f"--{flag} {path} has {len(ids)} tokens and needs {rows * args.seq_len}, a window of --seq_len "
             f"{args.seq_len} for each row of the batch; give more text, or a smaller --seq_len or --batch_size"
         )
-    return vocab, ids, data_utils.batchify(ids, cuts, args.batch_size, args.bi_data)
+    return ids, data_utils.batchify(ids, cuts, args.batch_size, args.bi_data)
 
 
-def train(args):
-    """Train as the flags say, print a line for each window, and return the final metrics."""
-    vocab, ids, rows = load_data(args)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    rng = np.random.default_rng(args.seed)
-    torch.manual_seed(args.seed)
-    model = XLNet(
-        vocab.size, args.n_layer, args.n_head, args.d_head, args.d_inner, args.d_model, args.dropout, args.dropatt,
-        args.attn_type, args.bi_data, args.clamp_len, args.same_length, args.reuse_len, args.mem_len,
-        args.ff_activation, args.init, args.init_std,
-    ).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), eps=args.adam_epsilon)
+class Run:
+    """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit."""
 
-    pass_windows = data_utils.n_windows(len(rows[0].ids), args.seq_len, args.reuse_len)
-    total_windows = min(
-        (args.num_step or math.inf) * pass_windows, (args.train_steps or math.inf) * args.grad_accum_steps
-    )
-    total_steps = math.ceil(total_windows / args.grad_accum_steps)
-    entropy = unigram_entropy(ids)
+    def __init__(self, args, state=None):
+        """Begin a run, or go on from the state of a checkpoint; raise UserError if text or vocabulary do not fit."""
+        self.args = args
+        try:
+            self.tokenizer = data_utils.load_tokenizer(args.tokenizer)
+            self.vocab = data_utils.vocabulary(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
+        self.ids, self.rows = load_rows("data", args, self.tokenizer, self.vocab)
+        self.valid_rows = load_rows("valid", args, self.tokenizer, self.vocab)[1] if args.valid else None
+        self.pass_len = data_utils.n_windows(len(self.rows[0].ids), args.seq_len, args.reuse_len)
+        ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
+        self.last = min(ends)  # step of the run
+        self.total_updates = self.last // args.grad_accum_steps
+        if self.total_updates == 0:
+            raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
+                            f"run; give at most that")
+
+        self.rng = np.random.default_rng(args.seed)
+        torch.manual_seed(args.seed)
+        arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
+        arguments["n_token"] = self.vocab.size
+        source = state["checkpoint"] if state else args.init_checkpoint
+        try:
+            if source and (n_token := xlnet.read_config(source)["n_token"]) != self.vocab.size:
+                raise ValueError(f"it has {n_token} word pieces and --tokenizer {args.tokenizer} {self.vocab.size}")
+            model = xlnet.XLNet.from_pretrained(source, **arguments) if source else xlnet.XLNet(**arguments)
+        except (OSError, ValueError, SafetensorError) as error:
+            flag = "resume" if state else "init_checkpoint"
+            raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
+        self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), eps=args.adam_epsilon)
+        self.step = 0  # windows trained on, a line printed for each
+        self.mems, self.costs, self.batches = None, [], None  # of the pass
+        if state:
+            self.load_state_dict(state)
+
+    def identity(self):
+        """Return what must not change while a run lasts, as hashes: the word pieces, the rows with their sentences."""
+        pieces = "\n".join(self.tokenizer.vocab).encode()
+        text = b"".join(part.tobytes() for row in self.rows for part in (row.ids, row.cuts))
+        return {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
+
+    def state_dict(self):
+        """Return the state as tensors and plain values; the weights are in model.safetensors."""
+        return self.identity() | {
+            "flags": vars(self.args) | {name: os.path.abspath(path) for name in ("data", "valid", "tokenizer")
+                                        if (path := getattr(self.args, name)) and os.path.exists(path)},
+            "step": self.step,
+            "costs": self.costs,
+            "mems": [mem if mem is None else mem.clone() for mem in self.mems],  # not the larger tensor behind it
+            "optimizer": self.optimizer.state_dict(),
+            "gradients": [parameter.grad for parameter in self.model.parameters()],  # of a half done accumulation
+            "numpy_rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state):
+        for (what, here), flag in zip(self.identity().items(), ("tokenizer", "data")):
+            if state[what] != here:
+                raise UserError(f"--{flag} {getattr(self.args, flag)}: the {what} has changed since the run began; "
+                                f"give the old one, or start anew in another --output_dir")
+        self.step, self.costs = state["step"], state["costs"]
+        self.mems = [mem if mem is None else mem.to(self.device) for mem in state["mems"]]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, gradient in zip(self.model.parameters(), state["gradients"]):
+            parameter.grad = gradient if gradient is None else gradient.to(self.device)
+        self.rng.bit_generator.state = state["numpy_rng"]
+        torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+
+    def create_batches(self, rows, rng, first_window=0):
+        args = self.args
+        return data_utils.create_batches(rows, self.vocab, args.seq_len, args.reuse_len, args.perm_size,
+                                         args.num_predict, args.mask_alpha, args.mask_beta, rng, first_window)
+
+    def next_batch(self):
+        """Return the batch of the next window; a new pass begins the text again, with nothing before it."""
+        window = self.step % self.pass_len
+        if window == 0:
+            self.mems, self.costs, self.batches = None, [], None
+        if self.batches is None:
+            self.batches = self.create_batches(self.rows, self.rng, first_window=window)
+        return next(self.batches)
+
+    def forward(self, batch, mems):
+        """Return the cost of a batch, the number of its targets, and the new memory."""
+        batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
+        target, target_mask = batch.pop("target"), batch.pop("target_mask")
+        logits, mems = self.model(**batch, mems=mems)
+        return lm_loss(logits, target, target_mask), target_mask.sum(), mems
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Return the mean cost of all targets in the held-out text, in nats, with dropout off and memory carried.
+
+        The generator is the same every time: two evaluations, of this model or another, have the same targets.
+        """
+        self.model.eval()
+        total, count, mems = 0.0, 0.0, None
+        for batch in self.create_batches(self.valid_rows, np.random.default_rng(0)):
+            cost, targets, mems = self.forward(batch, mems)
+            total += (cost * targets).item()
+            count += targets.item()
+        self.model.train()
+        return total / max(1, count)
+
+    def update(self):
+        """Make an update from the gathered gradient; return the learning rate and the norm of the gradient."""
+        lr = get_lr(self.step // self.args.grad_accum_steps, self.args, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return lr, norm.item()
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a wish, `signum`, that the loop heeds after the step; the second kills."""
+
+    def __enter__(self):
+        self.signum = None
+        self.before = {signum: signal.signal(signum, self.wish) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def wish(self, signum, frame):
+        self.signum = signum
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def train(run, args):
+    """Print a line for each step until the run is over, save and evaluate on the way, and return the final metrics."""
+    entropy = unigram_entropy(run.ids)
     print(
-        f"XLNet of {sum(p.numel() for p in model.parameters()):,} parameters on {device}; {Path(args.data).name}: "
-        f"{len(ids):,} tokens, unigram entropy {entropy:.3f}; {pass_windows} windows a pass, {total_steps:,} updates",
-        flush=True,
-    )
-
-    with tqdm(total=total_windows, unit="window", leave=False, disable=None) as progress:
-        for window in range(total_windows):
-            epoch, window_of_pass = divmod(window, pass_windows)
-            if window_of_pass == 0:  # a new pass: the text begins again, with nothing before it
-                batches = data_utils.create_batches(
-                    rows, vocab, args.seq_len, args.reuse_len, args.perm_size, args.num_predict,
-                    args.mask_alpha, args.mask_beta, rng,
-                )
-                mems, costs = None, []
-            batch = {key: tensor.to(device) for key, tensor in next(batches).items()}
-            target, target_mask = batch.pop("target"), batch.pop("target_mask")
-
-            logits, mems = model(**batch, mems=mems)
-            loss = lm_loss(logits, target, target_mask)
-            costs.append(loss.item())
-            with progress.external_write_mode():
-                print(f"Number of Epoch: {epoch + 1:04d} in {len(costs):04d} Step cost = {costs[-1]:.6f}", flush=True)
-            if not math.isfinite(costs[-1]):
-                sys.exit("main.py: the cost is not a finite number any more; try a smaller --learning_rate or --clip")
-
+        f"XLNet of {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device.type}; "
+        f"{Path(args.data).name}: {len(run.ids):,} tokens, unigram entropy {entropy:.3f}; "
+        f"{run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
+    metrics = {}
+    with Log(args, run.step, run.last) as log, Stop() as stop:
+        while run.step < run.last:
+            begin = time.perf_counter()
+            epoch = run.step // run.pass_len + 1
+            loss, _, run.mems = run.forward(run.next_batch(), run.mems)
+            run.costs.append(loss.item())
+            log.line(f"Number of Epoch: {epoch:04d} in {len(run.costs):04d} Step cost = {run.costs[-1]:.6f}")
+            if not math.isfinite(run.costs[-1]):
+                sys.exit(f"main.py: the cost of step {run.step + 1}, window {len(run.costs)} of pass {epoch}, is "
+                         f"{run.costs[-1]}; stopped before the update; try a smaller --learning_rate")
             (loss / args.grad_accum_steps).backward()
-            step, in_step = divmod(window, args.grad_accum_steps)
-            if in_step + 1 == args.grad_accum_steps or window + 1 == total_windows:
-                for group in optimizer.param_groups:
-                    group["lr"] = get_lr(step, args, total_steps)
-                if args.clip:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.update()
+            metrics = {"pass": epoch, "step": run.step + 1, "cost": run.costs[-1]}
+            if (run.step + 1) % args.grad_accum_steps == 0:
+                metrics["learning_rate"], metrics["gradient_norm"] = run.update()
+            run.step += 1
+            metrics["tokens_per_second"] = args.batch_size * args.seq_len / (time.perf_counter() - begin)
 
-    mean_cost = sum(costs) / len(costs)
-    print(f"Mean cost of pass {epoch + 1}: {mean_cost:.3f}; of guessing by word frequency: {entropy:.3f}, "
-          f"of guessing blindly: {math.log(vocab.size):.3f}")
-    return {"epoch": epoch + 1, "step": total_steps, "cost": costs[-1], "mean_cost": mean_cost,
-            "unigram_entropy": entropy}
+            def due(every):
+                return run.step % (every or run.pass_len) == 0 or run.step == run.last
 
+            if args.valid and due(args.eval_steps):
+                valid = metrics["validation_cost"] = run.evaluate()
+                log.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
+            log.metrics(metrics)
+            if args.output_dir and (due(args.save_steps) or stop.signum):
+                save_checkpoint(args, run)
+                draw_loss(args.output_dir)
+            if stop.signum:
+                saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
+                    "nothing is saved without --output_dir")
+                log.close()
+                print(f"main.py: stopped after step {run.step}; {saved}", file=sys.stderr)
+                sys.exit(128 + stop.signum)
 
-def parse_args(parser, argv=None):
-    """Return the flags of a command line, with the defaults that depend on other flags."""
-    args = parser.parse_args(argv)
-    args.data = args.data or str(HERE / "data.txt")
-    args.batch_size = args.batch_size or (2 if args.bi_data else 1)
-    if args.num_step is None and args.train_steps is None:
-        args.num_step = 100
-    return args
+    mean_cost = sum(run.costs) / len(run.costs)
+    print(f"Mean cost of pass {-(-run.last // run.pass_len)}: {mean_cost:.3f}; of guessing by word frequency: "
+          f"{entropy:.3f}, of guessing blindly: {math.log(run.vocab.size):.3f}")
+    return metrics | {"updates": run.total_updates, "mean_cost": mean_cost, "unigram_entropy": entropy}
 
 
 def main(argv=None):
     """Run the command line argv, sys.argv by default, and return the final metrics as a dict.
 
-    step: updates made; epoch: passes begun; cost, mean_cost: of the last window and of the last pass, nats per
-    predicted token; unigram_entropy: of the text, nats per token
+    The columns of metrics.csv in the last step, and updates made, mean_cost of the last pass, unigram_entropy.
     """
     parser = build_parser()
-    args = parse_args(parser, argv)
+    given = vars(parser.parse_args(argv))
     try:
-        check_flags(args)
-        return train(args)
+        if given.get("resume"):
+            given.setdefault("output_dir", os.path.dirname(os.path.abspath(given["resume"])))
+        state = load_state(given) if "resume" in given else None
+        args = settle(given, state)
+        if args.output_dir:
+            open_output_dir(args.output_dir, resumed=state is not None)
+        return train(Run(args, state), args)
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped by Ctrl-C; nothing was saved\n")
+        parser.exit(130, "main.py: stopped by Ctrl-C before the first step; nothing is saved\n")
     except BrokenPipeError:  # python main.py | head: the reader has gone, and nobody wants to hear of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(1)
+    except OSError as error:
+        parser.exit(1, f"main.py: {error}; checkpoints saved before are whole\n")
 
 
 if __name__ == "__main__":

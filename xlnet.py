@@ -13,12 +13,16 @@ Axes, in every einsum and every shape:
     m  predicted slot (num_predict)    r  relative distance, from klen down (rlen)
 """
 
+import inspect
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 ACTIVATIONS = {
@@ -286,6 +290,11 @@ class XLNet(nn.Module):
             raise ValueError(f"d_model {d_model} must be even: half of the position features are sines, half cosines")
         if attn_type not in ("bi", "uni"):
             raise ValueError(f"attn_type {attn_type!r} must be 'bi' or 'uni'")
+        self.config = dict(  # transformers' names and, dropatt apart, everything of its XLNetConfig that matters here
+            vocab_size=n_token, n_layer=n_layer, n_head=n_head, d_head=d_head, d_inner=d_inner, d_model=d_model,
+            dropout=dropout, dropatt=dropatt, attn_type=attn_type, bi_data=bi_data, clamp_len=clamp_len,
+            same_length=same_length, reuse_len=reuse_len, mem_len=mem_len, ff_activation=ff_activation, untie_r=True,
+        )
         self.attn_type, self.bi_data = attn_type, bi_data
         self.clamp_len, self.same_length = clamp_len, same_length
         self.reuse_len, self.mem_len = reuse_len, mem_len
@@ -324,6 +333,38 @@ class XLNet(nn.Module):
             for layer in self.layer:
                 for r, r_r_bias in zip(layer.rel_attn.r.unbind(dim=1), layer.rel_attn.r_r_bias):
                     prefer_distance(r, r_r_bias, next(distances))
+
+    def save_pretrained(self, directory, **config):
+        """Write config.json, with further entries `config`, and model.safetensors into an existing directory.
+
+        transformers' AutoModel and XLNetLMHeadModel read it as it is, if n_head * d_head is d_model.
+        """
+        config = {"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet", **self.config, **config}
+        (Path(directory) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = {
+            name if name.startswith("lm_loss.") else f"transformer.{name}": parameter.detach()
+            for name, parameter in self.named_parameters()  # which has the tied weight once
+        }
+        save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, directory, **overrides):
+        """Return the model of a directory written by `save_pretrained` or by transformers, XLNetModel or with a head.
+
+        overrides: arguments of the constructor that replace those of config.json
+        Raises OSError if a file is missing, ValueError if it is no XLNet that can be had here.
+        """
+        arguments = read_config(directory) | overrides
+        model = cls(**arguments)
+        found = load_file(Path(directory) / "model.safetensors")
+        weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+        weights.setdefault("lm_loss.bias", torch.zeros(arguments["n_token"]))  # XLNetModel has no head
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise ValueError(f"{name} is missing in model.safetensors, or not {list(parameter.shape)}")
+                parameter.copy_(weights[name])
+        return model
 
     def attention_mask(self, qlen, mlen, input_mask, perm_mask, like):
         """Return who must not see whom, whoever sees itself: [bsz, 1, qlen, klen] as `like`, 0 or BLOCKED.
@@ -406,6 +447,22 @@ class XLNet(nn.Module):
             need_h = g is None or i + 1 < len(self.layer)
             h, g = layer(h, g, pos_emb, mems[i], masks_h, masks_g, need_h=need_h)
         return self.dropout(h if g is None else g), new_mems
+
+
+ARGUMENTS = tuple(inspect.signature(XLNet).parameters)
+
+
+def read_config(directory):
+    """Return the arguments of XLNet's constructor that a directory's config.json sets; null ones are left out.
+
+    Raises OSError if there is no config.json, ValueError if it is not that of an XLNet with untied biases.
+    """
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "xlnet" or config.get("untie_r") is False:
+        raise ValueError("config.json is not that of an XLNet with untie_r")
+    config["n_token"] = config["vocab_size"]
+    config["d_head"] = config.get("d_head") or config["d_model"] // config["n_head"]
+    return {name: config[name] for name in ARGUMENTS if config.get(name) is not None}
 
 
 def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):

@@ -24,21 +24,17 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data_utils
 import main
 from xlnet import XLNet
 
-ARGS = main.parse_args(main.build_parser(), [])  # the default flags
+ARGS = main.settle({})  # the default flags
 MODELS = ("ours", "transformers")
 
 
 def load_batches():
     """Return the windows of one pass over data.txt."""
-    vocab, _, rows = main.load_data(ARGS)
-    rng = np.random.default_rng(0)
-    return vocab, list(data_utils.create_batches(
-        rows, vocab, ARGS.seq_len, ARGS.reuse_len, ARGS.perm_size, ARGS.num_predict, ARGS.mask_alpha, ARGS.mask_beta,
-        rng))
+    run = main.Run(ARGS)
+    return run.vocab, list(run.create_batches(run.rows, np.random.default_rng(0)))
 
 
 def build(name, n_token):

@@ -21,7 +21,7 @@ def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
     word_start[[SEP, CLS]] = True
     cuts = np.flatnonzero(rng.random(row_len) < 1 / sentence)
     row = Row(rng.integers(SEP, size=row_len), cuts[cuts > 0], backward)
-    return row, Vocabulary(N_TOKEN, SEP, CLS, None, word_start)
+    return row, Vocabulary(N_TOKEN, SEP, CLS, None, None, word_start)
 
 
 @st.composite
@@ -345,7 +345,7 @@ def test_a_vocabulary_of_ones_own(tmp_path, pieces, lower, as_directory):
     tokenizer = data_utils.load_tokenizer(str(tmp_path if as_directory else tmp_path / "vocab.txt"))
     assert tokenizer.tokenize("THE the")[0] == ("the" if lower else "[UNK]")
     vocab = data_utils.vocabulary(tokenizer)
-    assert vocab[:4] == (7, 3, 2, 4)
+    assert vocab[:5] == (7, 3, 2, 0, 4)
 
 
 @pytest.mark.parametrize("piece, starts", [
