@@ -66,7 +66,7 @@ def load_tokenizer(name_or_path):
         raise ValueError(f"no known tokenizer and no vocabulary; give {known}, a vocab.txt or a directory with one")
     try:
         pieces = path.read_text(encoding="utf-8").split()
-        cased = any(piece != piece.lower() for piece in pieces if not is_special(piece))
+        cased = any(piece != piece.lower() for piece in pieces if piece[0] not in "[<")  # [SEP] and its kin aside
         tokenizer = BertTokenizer(str(path), do_lower_case=not cased)
         tokenizer.vocab_file = path  # see save_tokenizer
         return tokenizer
@@ -79,11 +79,6 @@ def save_tokenizer(tokenizer, directory):
     shutil.copyfile(tokenizer.vocab_file, Path(directory) / "vocab.txt")
     config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.basic_tokenizer.do_lower_case}
     (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def is_special(piece):
-    """Return whether a piece is a mark such as [SEP] or <sep> rather than text."""
-    return (piece[:1], piece[-1:]) in (("[", "]"), ("<", ">")) and len(piece) > 2
 
 
 def is_start_piece(piece):
@@ -143,21 +138,16 @@ def read_text(path, tokenizer, eod_id=None):
     return np.array(ids, dtype=np.int64), np.array(begins[1:], dtype=np.int64)
 
 
-def n_rows(batch_size, bi_data):
-    """Return into how many contiguous rows the text is cut; with bi_data each is read in both directions."""
-    return batch_size // 2 if bi_data else batch_size
-
-
 def batchify(ids, cuts, batch_size, bi_data):
     """Cut the stream into batch_size rows of equal length: the forward ones, then with bi_data the same backwards.
 
     -> list of batch_size Rows; a remainder of the text shorter than the number of rows is dropped
     Source: official batchify and create_tfrecords.
     """
-    count = n_rows(batch_size, bi_data)
+    count = batch_size // 2 if bi_data else batch_size  # with bi_data each is read in both directions
     row_len = len(ids) // count
     rows = []
-    for begin in range(0, count * row_len, row_len):
+    for begin in (b * row_len for b in range(count)):
         inside = cuts[(cuts > begin) & (cuts < begin + row_len)] - begin
         rows.append(Row(ids[begin : begin + row_len], inside, backward=False))
     if bi_data:

@@ -34,7 +34,6 @@ from tqdm import tqdm
 import data_utils
 import xlnet
 
-HERE = Path(__file__).resolve().parent
 MAY_CHANGE = {  # when a run goes on; text and vocabulary are compared by content
     "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
     "output_dir", "resume", "tensorboard",
@@ -45,9 +44,6 @@ METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per
 
 class UserError(Exception):
     """A mistake that the user can mend; its text is one line that names the flag, the value and the remedy."""
-
-
-# ---------------------------------------------------------------- flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +123,7 @@ def build_parser():
     flag("same_length", False, "True: with attn_type uni, every token sees equally far back", **boolean)
     flag("init", "local", "local: each head starts out looking at one distance, -4 to 4; normal: as the official code",
          choices=("local", "normal"))
-    flag("init_std", None, "standard deviation of the initial weights (default: 0.57 / sqrt(d_model) with local, 0.02 "
+    flag("init_std", None, "standard deviation of the initial weights (default: 0.5 / sqrt(d_model) with local, 0.02 "
          "with normal)", **real)
 
     flag = parser.flags("optimizer")
@@ -153,7 +149,7 @@ def build_parser():
     flag("save_total_limit", 3, "checkpoints kept, the newest ones, 0 = all", **natural)
     flag("resume", None, "go on with the newest whole checkpoint of --output_dir, or one named, and its flags",
          nargs="?", const="", **folder)
-    flag("init_checkpoint", None, "start from weights and shape of a checkpoint, or of any Hugging Face XLNet", **folder)
+    flag("init_checkpoint", None, "start from weights and shape of a checkpoint or of any Hugging Face XLNet", **folder)
     flag("valid", None, "held-out text, judged on the same targets every time (default: none)", **file)
     flag("eval_steps", None, "steps between evaluations on --valid (default: a pass)", **positive)
     flag("tensorboard", None, "write TensorBoard event files into --output_dir", action="store_true")
@@ -183,7 +179,7 @@ def settle(given, state=None):
         if name in fixed and name not in MAY_CHANGE and value != fixed[name]:
             raise UserError(f"--{name} {value} contradicts {source}, where it is {fixed[name]}; leave it out")
     args = argparse.Namespace(**build_parser().defaults | fixed | given)
-    args.data = args.data or str(HERE / "data.txt")
+    args.data = args.data or str(Path(__file__).resolve().parent / "data.txt")
     args.batch_size = args.batch_size or (2 if args.bi_data else 1)
     if args.num_step is None and args.train_steps is None:
         args.num_step = 100
@@ -224,9 +220,6 @@ def check_flags(args):
             raise UserError(message)
 
 
-# ---------------------------------------------------------------- pure functions
-
-
 def get_lr(update, args, total_updates):
     """Return the learning rate of an update, counted from 0, of total_updates.
 
@@ -263,9 +256,6 @@ def unigram_entropy(ids):
     """Return the cost, in nats per token, of knowing how often every token occurs and nothing else."""
     share = np.unique(ids, return_counts=True)[1] / len(ids)
     return float(-(share * np.log(share)).sum())
-
-
-# ---------------------------------------------------------------- checkpoints
 
 
 def checkpoints(output_dir):
@@ -357,9 +347,6 @@ def load_state(given):
                     f"start anew without it, in another folder")
 
 
-# ---------------------------------------------------------------- metrics
-
-
 class Log:
     """What a run tells: lines on stdout, a bar on a terminal, metrics.csv and TensorBoard events in output_dir."""
 
@@ -369,15 +356,11 @@ class Log:
         if args.output_dir:
             self.file = open_metrics(args.output_dir, step)
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package that is not here; pip install tensorboard") from None
             self.events = SummaryWriter(args.output_dir, purge_step=step + 1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
 
     def line(self, text):
         with self.progress.external_write_mode():
@@ -435,9 +418,6 @@ def draw_loss(output_dir):
     figure.savefig(Path(output_dir) / "loss.png", dpi=100)
 
 
-# ---------------------------------------------------------------- training
-
-
 def load_rows(flag, args, tokenizer, vocab):
     """Return the ids and the rows of the text that a flag names; raise UserError if that fails."""
     path = getattr(args, flag)
@@ -447,13 +427,12 @@ def load_rows(flag, args, tokenizer, vocab):
         raise UserError(f"--{flag} {path}: {error.strerror}; give a text file") from None
     except ValueError as error:
         raise UserError(f"--{flag} {path}: {error}") from None
-    rows = data_utils.n_rows(args.batch_size, args.bi_data)
-    if len(ids) < rows * args.seq_len:
-        raise UserError(
-            f"--{flag} {path} has {len(ids)} tokens and needs {rows * args.seq_len}, a window of --seq_len "
-            f"{args.seq_len} for each row of the batch; give more text, or a smaller --seq_len or --batch_size"
-        )
-    return ids, data_utils.batchify(ids, cuts, args.batch_size, args.bi_data)
+    rows = data_utils.batchify(ids, cuts, args.batch_size, args.bi_data)
+    if len(rows[0].ids) < args.seq_len:
+        needed = args.seq_len * sum(not row.backward for row in rows)
+        raise UserError(f"--{flag} {path} has {len(ids)} tokens and needs {needed}, a window of --seq_len "
+                        f"{args.seq_len} for each row; give more text, or a smaller --seq_len or --batch_size")
+    return ids, rows
 
 
 class Run:
@@ -580,21 +559,21 @@ class Run:
         return lr, norm.item()
 
 
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a wish, `signum`, that the loop heeds after the step; the second kills."""
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list that receives the first Ctrl-C or SIGTERM, for the loop to heed after the step; the second kills."""
+    received = []
 
-    def __enter__(self):
-        self.signum = None
-        self.before = {signum: signal.signal(signum, self.wish) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def wish(self, signum, frame):
-        self.signum = signum
-        for each in self.before:
+    def receive(signum, frame):
+        received.append(signum)
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
 
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
+    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
@@ -606,7 +585,7 @@ def train(run, args):
         f"{Path(args.data).name}: {len(run.ids):,} tokens, unigram entropy {entropy:.3f}; "
         f"{run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
     metrics = {}
-    with Log(args, run.step, run.last) as log, Stop() as stop:
+    with contextlib.closing(Log(args, run.step, run.last)) as log, stop_signals() as stop:
         while run.step < run.last:
             begin = time.perf_counter()
             epoch = run.step // run.pass_len + 1
@@ -630,15 +609,15 @@ def train(run, args):
                 valid = metrics["validation_cost"] = run.evaluate()
                 log.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
             log.metrics(metrics)
-            if args.output_dir and (due(args.save_steps) or stop.signum):
+            if args.output_dir and (due(args.save_steps) or stop):
                 save_checkpoint(args, run)
                 draw_loss(args.output_dir)
-            if stop.signum:
+            if stop:
                 saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
                     "nothing is saved without --output_dir")
                 log.close()
                 print(f"main.py: stopped after step {run.step}; {saved}", file=sys.stderr)
-                sys.exit(128 + stop.signum)
+                sys.exit(128 + stop[0])
 
     mean_cost = sum(run.costs) / len(run.costs)
     print(f"Mean cost of pass {-(-run.last // run.pass_len)}: {mean_cost:.3f}; of guessing by word frequency: "

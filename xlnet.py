@@ -111,11 +111,9 @@ def attention_dropout(prob, rate, training):
 def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
     """Return what the next window remembers of a layer's input.
 
-    Detached: the paper's memory carries no gradient across windows, so that a step costs the same however far
-    back it can see.
+    Detached: no gradient crosses windows, so that a step costs the same however far back it can see.
 
-    curr_out: [qlen, bsz, d_model]; prev_mem: [mlen, bsz, d_model] or None -> [at most mem_len, bsz, d_model],
-    or None if mem_len is 0
+    curr_out: [qlen, bsz, d_model]; prev_mem: [mlen, bsz, d_model] or None -> [<= mem_len, bsz, d_model], None if 0
     Source: the paper, section 2.4; official _cache_mem.
     """
     if mem_len == 0:
@@ -130,13 +128,7 @@ def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
 def create_mask(qlen, mlen, same_length, device=None):
     """Return the left-to-right mask of attn_type "uni": [qlen, klen] bool, True = blocked.
 
-    Position i sees all memory and positions up to i; with same_length only the last mlen before it, so that every
-    position sees equally many. With qlen 3, mlen 2 and 1 for blocked, without and with same_length:
-
-        0 0 0 1 1        0 0 0 1 1
-        0 0 0 0 1        1 0 0 0 1
-        0 0 0 0 0        1 1 0 0 0
-
+    Position i sees all memory and positions up to i; with same_length only the last mlen of them and itself.
     Source: official _create_mask.
     """
     ones = torch.ones(qlen, mlen + qlen, dtype=torch.bool, device=device)
@@ -315,12 +307,12 @@ class XLNet(nn.Module):
 
         init: "normal" stops there, as the official code does; "local" then lets each head prefer one distance, so
         that the query stream, which starts as the same vector at every position, has neighbours to tell apart
-        init_std: None = 0.02 with "normal" (official), 0.57 / sqrt(d_model) with "local": 0.1 at width 32,
-        0.02 at width 768, and at every width logits of standard deviation 0.57 at the start
+        init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local": 0.09 at width 32, 0.018 at
+        width 768, and at every width logits of standard deviation 0.5, a first cost near that of guessing
         """
         d_model = self.word_embedding.embedding_dim
         if init_std is None:
-            init_std = 0.02 if init == "normal" else 0.57 / math.sqrt(d_model)
+            init_std = 0.02 if init == "normal" else 0.5 / math.sqrt(d_model)
         for name, parameter in self.named_parameters():
             if name.endswith("layer_norm.weight"):
                 nn.init.ones_(parameter)

@@ -319,6 +319,13 @@ def test_a_mistake_gets_one_line(run, tmp_path, capsys, flags, words):
         assert word in err
 
 
+def test_tensorboard_where_it_is_not_installed(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        run("run", "--tensorboard", "--train_steps", 1)
+    assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- what a run leaves
 
 

@@ -256,7 +256,7 @@ def test_relative_positional_encoding_equals_a_loop():
 
 
 def test_create_mask_example():
-    """The two masks of the docstring."""
+    """With a query 3 long and a memory of 2, without and with same_length."""
     assert xlnet.create_mask(3, 2, False).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
     assert xlnet.create_mask(3, 2, True).int().tolist() == [[0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [1, 1, 0, 0, 0]]
 
@@ -438,7 +438,7 @@ def test_init_draws_what_it_says():
         else:
             assert parameter.std().item() == pytest.approx(0.3, rel=5 / math.sqrt(parameter.numel())), name
     assert XLNet(2000, init="normal").word_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert XLNet(2000, d_model=768).word_embedding.weight.std().item() == pytest.approx(0.0206, rel=0.05)
+    assert XLNet(2000, d_model=768).word_embedding.weight.std().item() == pytest.approx(0.018, rel=0.05)
 
 
 # ---------------------------------------------------------------- leaks
