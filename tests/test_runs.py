@@ -488,3 +488,6 @@ def test_save_and_load_round_trip(tmp_path):
     again = XLNet.from_pretrained(tmp_path)
     assert equal(model.state_dict(), again.state_dict()) and again.config == model.config
     assert XLNet.from_pretrained(tmp_path, mem_len=3).mem_len == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"d_head": None}))  # null means d_model / n_head
+    assert equal(model.state_dict(), XLNet.from_pretrained(tmp_path).state_dict())
