@@ -456,6 +456,11 @@ class Run:
             raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
                             f"run; give at most that")
 
+        # what must not change while a run lasts: the word pieces, and the rows with their sentences
+        pieces = "\n".join(self.tokenizer.vocab).encode()
+        text = b"".join(part.tobytes() for row in self.rows for part in (row.ids, row.cuts))
+        self.identity = {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
+
         self.rng = np.random.default_rng(args.seed)
         torch.manual_seed(args.seed)
         arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
@@ -476,15 +481,9 @@ class Run:
         if state:
             self.load_state_dict(state)
 
-    def identity(self):
-        """Return what must not change while a run lasts, as hashes: the word pieces, the rows with their sentences."""
-        pieces = "\n".join(self.tokenizer.vocab).encode()
-        text = b"".join(part.tobytes() for row in self.rows for part in (row.ids, row.cuts))
-        return {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
-
     def state_dict(self):
         """Return the state as tensors and plain values; the weights are in model.safetensors."""
-        return self.identity() | {
+        return self.identity | {
             "flags": vars(self.args) | {name: os.path.abspath(path) for name in ("data", "valid", "tokenizer")
                                         if (path := getattr(self.args, name)) and os.path.exists(path)},
             "step": self.step,
@@ -498,7 +497,7 @@ class Run:
         }
 
     def load_state_dict(self, state):
-        for (what, here), flag in zip(self.identity().items(), ("tokenizer", "data")):
+        for (what, here), flag in zip(self.identity.items(), ("tokenizer", "data")):
             if state[what] != here:
                 raise UserError(f"--{flag} {getattr(self.args, flag)}: the {what} has changed since the run began; "
                                 f"give the old one, or start anew in another --output_dir")

@@ -444,6 +444,23 @@ def test_init_draws_what_it_says():
 # ---------------------------------------------------------------- leaks
 
 
+def with_another_token(batch, position):
+    inp_k = batch["inp_k"].clone()
+    inp_k[position] = (inp_k[position] + 1) % 50
+    return dict(batch, inp_k=inp_k)
+
+
+def assert_moves_who_sees(model, batch, positions, mems=None):
+    """Changing the token at each position moves the logits of the targets that may see it, and not a bit of others."""
+    before, _ = call(model, batch, mems)
+    slots = (batch["target_mask"][:, 0] > 0).nonzero().flatten().tolist()
+    for position in positions:
+        after, _ = call(model, with_another_token(batch, position), mems)
+        for slot in slots:
+            sees = batch["perm_mask"][batch["target_mapping"][slot, 0], position, 0] == 0
+            assert torch.equal(before[slot], after[slot]) != sees, (position, slot)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_target_leaks_to_nobody_before_it(seed):
     """Changing a target's token moves neither its own logits nor those of targets before it, and moves the others'.
@@ -457,16 +474,7 @@ def test_a_target_leaks_to_nobody_before_it(seed):
                           perm_size=[1, 3, 12][seed % 3])
     model = randomize(XLNet(50, n_layer=3)).eval()
     mems = [torch.randn(7, 1, 32) for _ in range(3)] if seed % 2 else None
-    before, _ = call(model, batch, mems)
-    slots = (batch["target_mask"][:, 0] > 0).nonzero().flatten().tolist()
-    for slot in slots:
-        position = batch["target_mapping"][slot, 0]
-        changed = dict(batch, inp_k=batch["inp_k"].clone())
-        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
-        after, _ = call(model, changed, mems)
-        for other in slots:
-            sees = batch["perm_mask"][batch["target_mapping"][other, 0], position, 0] == 0
-            assert torch.equal(before[other], after[other]) != sees, (slot, other)
+    assert_moves_who_sees(model, batch, (batch["inp_q"][:, 0] > 0).nonzero().flatten().tolist(), mems)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -475,15 +483,7 @@ def test_a_visible_token_is_seen(seed):
     torch.manual_seed(seed)
     batch = random_window(np.random.default_rng(seed))
     model = randomize(XLNet(50, n_layer=3)).eval()
-    before, _ = call(model, batch)
-    slots = (batch["target_mask"][:, 0] > 0).nonzero().flatten().tolist()
-    for position in (batch["inp_q"][:, 0] == 0).nonzero().flatten().tolist():
-        changed = dict(batch, inp_k=batch["inp_k"].clone())
-        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
-        after, _ = call(model, changed)
-        for slot in slots:
-            sees = batch["perm_mask"][batch["target_mapping"][slot, 0], position, 0] == 0
-            assert torch.equal(before[slot], after[slot]) != sees, (position, slot)
+    assert_moves_who_sees(model, batch, (batch["inp_q"][:, 0] == 0).nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -496,9 +496,7 @@ def test_memory_carries_what_was_cached_and_nothing_else(seed):
     slots = batch["target_mask"][:, 0] > 0
     before, _ = call(model, batch, call(model, previous)[1])
     for position in range(24):
-        changed = dict(previous, inp_k=previous["inp_k"].clone())
-        changed["inp_k"][position] = (changed["inp_k"][position] + 1) % 50
-        after, _ = call(model, batch, call(model, changed)[1])
+        after, _ = call(model, batch, call(model, with_another_token(previous, position))[1])
         assert torch.equal(before[slots], after[slots]) == (position >= 12), position
 
 
