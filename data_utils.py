@@ -3,7 +3,8 @@
     read_text      file            -> ids of one long stream, and the places where a sentence begins
     batchify       stream          -> one row for each member of the batch, half of them backwards with bi_data
     create_data    row             -> a feature for each window: input, is_masked, seg_id
-    make_permute   feature         -> what the model takes: a fresh factorization order as a mask, and the targets
+    permute        feature         -> what the model takes: a fresh factorization order as ranks, and the targets
+    create_batch   rows, window    -> the same of all rows, stacked; make_permute gives the order as a mask instead
 
 Sources: the paper, arXiv:1906.08237, sections 2.2, 2.5 and 3.1, and zihangdai/xlnet, data_utils.py ("official").
 The official code also carries every position's next token and whether B follows A through its records; the first
@@ -246,8 +247,8 @@ def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, revers
     return mask[::-1] if reverse else mask
 
 
-def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng, first_window=0):
-    """Yield a feature for each window of a row from first_window on, made when it is asked for.
+def create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng):
+    """Return the feature of one window of a row.
 
     A window advances by reuse_len. Its first reuse_len tokens, inp, are the next stretch of the text and become
     memory; the rest is [A, SEP, B, SEP, CLS], where A goes on from inp:
@@ -259,33 +260,49 @@ def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_be
     True, the larger half of them in inp
     Source: the paper, sections 2.4 and 2.5; official create_tfrecords.
     """
-    sep, cls = np.array([vocab.sep_id]), np.array([vocab.cls_id])
-    for window in range(first_window, n_windows(len(row.ids), seq_len, reuse_len)):
-        begin = window * reuse_len
-        inp = row.ids[begin : begin + reuse_len]
-        a, b = split_a_and_b(row, begin_idx=begin + reuse_len, tot_len=seq_len - reuse_len - 3, rng=rng)
-        rest = np.concatenate([a, sep, b, sep, cls])
-        goals = (num_predict - num_predict // 2, num_predict // 2)
-        is_masked = [
-            sample_mask(vocab.word_start[part], mask_alpha, mask_beta, goal, rng, reverse=row.backward)
-            for part, goal in zip((inp, rest), goals)
-        ]
-        yield {
-            "input": np.concatenate([inp, rest]),
-            "is_masked": np.concatenate(is_masked),
-            "seg_id": np.repeat([0, 1, 2], [reuse_len + len(a) + 1, len(b) + 1, 1]),
-        }
+    begin = window * reuse_len
+    inp = row.ids[begin : begin + reuse_len]
+    a, b = split_a_and_b(row, begin_idx=begin + reuse_len, tot_len=seq_len - reuse_len - 3, rng=rng)
+    rest = np.concatenate([a, [vocab.sep_id], b, [vocab.sep_id, vocab.cls_id]])
+    goals = (num_predict - num_predict // 2, num_predict // 2)
+    is_masked = [
+        sample_mask(vocab.word_start[part], mask_alpha, mask_beta, goal, rng, reverse=row.backward)
+        for part, goal in zip((inp, rest), goals)
+    ]
+    return {
+        "input": np.concatenate([inp, rest]),
+        "is_masked": np.concatenate(is_masked),
+        "seg_id": np.repeat([0, 1, 2], [reuse_len + len(a) + 1, len(b) + 1, 1]),
+    }
+
+
+def create_data(row, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng):
+    """Yield the feature of each window of a row, made when it is asked for; see `create_feature`."""
+    for window in range(n_windows(len(row.ids), seq_len, reuse_len)):
+        yield create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng)
 
 
 def local_perm(is_masked, functional, perm_size, rng):
-    """Draw a factorization order and return the attention mask that it means.
+    """Draw a factorization order; return each position's place in it, and which positions are to be predicted.
 
     One order of perm_size positions is drawn and used in every block of that length; an earlier block comes before
-    a later one. Tokens without a loss are given at the start and see each other. Targets see the given tokens and
-    what comes before them in the order; SEP and CLS (functional) are part of the order too, so that what they have
-    gathered is seen only by those who may, but see themselves, since nothing is to be predicted there.
+    a later one. Tokens without a loss are given at the start: their rank is -1. SEP and CLS (functional) take part in
+    the order like the targets, so that what they have gathered is seen only by those who may; nothing is to be
+    predicted there. What ranks say of who sees whom: `perm_mask`.
 
-    Four tokens, "the cat sat [SEP]", "cat" and "sat" masked, order sat (0), [SEP] (1), the (2), cat (3):
+    is_masked, functional: [part_len] bool; perm_size divides part_len
+    -> rank: [part_len] int64, -1 to part_len - 1; is_target: [part_len] bool, masked and not functional
+    Source: the paper, sections 2.2 and 2.3; official _local_perm.
+    """
+    blocks = np.arange(len(is_masked)).reshape(-1, perm_size)  # [n_block, perm_size]
+    order = blocks[:, rng.permutation(perm_size)].ravel()
+    return np.where(is_masked | functional, order, -1), is_masked & ~functional
+
+
+def perm_mask(rank, is_target):
+    """Return the attention mask that ranks mean: nobody sees what comes later, and a target not its own token.
+
+    Four tokens, "the cat sat [SEP]", "cat" and "sat" masked, order sat (0), [SEP] (1), cat (3); "the" is given (-1):
 
                  the cat sat SEP        1 = the row must not see the column
             the   0   1   1   1         given: sees what is given
@@ -293,65 +310,71 @@ def local_perm(is_masked, functional, perm_size, rng):
             sat   0   1   1   1         first: sees what is given
             SEP   0   1   0   0         second: sees sat, and itself
 
-    is_masked, functional: [part_len] bool; perm_size divides part_len
-    -> perm_mask: [part_len, part_len] bool; is_target: [part_len] bool, masked and not functional
-    Source: the paper, sections 2.2 and 2.3; official _local_perm.
+    rank: [len] int; is_target: [len] bool -> [len, len] float32
+    Source: the paper, section 2.3; official _local_perm. The content stream sees itself in any case.
     """
-    part_len = len(is_masked)
-    blocks = np.arange(part_len).reshape(-1, perm_size)  # [n_block, perm_size]
-    order = blocks[:, rng.permutation(perm_size)].ravel()
-    is_target = is_masked & ~functional
-    in_order = is_masked | functional
-    rank = np.where(in_order, order, -1)  # everyone in the order sees what is given, which sees none of them
-    sees_below = np.where(is_target, rank, rank + 1)  # a target does not see its own rank
-    return (sees_below[:, None] <= rank) & in_order, is_target
+    return (rank > (rank - is_target)[:, None]).astype(np.float32)
 
 
-def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
-    """Turn a feature of `create_data` into what the model takes, under a factorization order drawn for this visit.
+def permute(feature, reuse_len, perm_size, num_predict, rng):
+    """Turn a feature of `create_feature` into what the model takes, under a factorization order drawn for this visit.
 
-    The first part, inp, sees nothing of the second; the second sees all of the first, which comes before it.
+    The first part, inp, comes before the second: it sees nothing of it, and the second sees all of the first.
 
-    rng: numpy Generator, or a seed for a new one
     -> dict of inp_k: [seq_len] int64, the tokens, targets included: the content stream needs them;
-    inp_q: [seq_len] float, 1 = to be predicted;
-    perm_mask: [seq_len, seq_len] float, 1 = row i must not see column j;
+    inp_q: [seq_len] float32, 1 = to be predicted;
+    perm_mask: [seq_len] int64, the ranks, those of the second part above all of the first;
     target_mapping: [num_predict] int64, the position of each prediction, -1 in an empty slot;
     target: [num_predict] int64, the token there, 0 in an empty slot;
-    target_mask: [num_predict] float, 1 = counts, 0 = empty slot, which a masked SEP or CLS leaves;
+    target_mask: [num_predict] float32, 1 = counts, 0 = empty slot, which a masked SEP or CLS leaves;
     seg_id: [seq_len] int64
+    All are numpy arrays.
     Source: official get_dataset, parser.
     """
-    rng = np.random.default_rng(rng)
     inp_k, is_masked, seg_id = feature["input"], feature["is_masked"], feature["seg_id"]
     functional = np.append(seg_id[1:] != seg_id[:-1], True)  # SEP ends A, SEP ends B, CLS is a segment of its own
-
-    perm_mask = np.zeros((seq_len, seq_len), dtype=np.float32)
-    is_target = np.zeros(seq_len, dtype=bool)
-    for part in (slice(reuse_len), slice(reuse_len, seq_len)):
-        perm_mask[part, part], is_target[part] = local_perm(is_masked[part], functional[part], perm_size, rng)
-    perm_mask[:reuse_len, reuse_len:] = 1
-
-    positions = np.flatnonzero(is_target)
-    slots = (0, num_predict - len(positions))  # empty ones at the end
+    parts = (slice(reuse_len), slice(reuse_len, None))
+    ranks, is_target = zip(*(local_perm(is_masked[part], functional[part], perm_size, rng) for part in parts))
+    is_target = np.concatenate(is_target)
+    filled = np.arange(num_predict) < is_target.sum()  # empty slots are at the end
+    target_mapping = np.full(num_predict, -1)
+    target_mapping[filled] = np.flatnonzero(is_target)
     return {
-        "inp_k": torch.from_numpy(inp_k),
-        "inp_q": torch.from_numpy(is_target.astype(np.float32)),
-        "perm_mask": torch.from_numpy(perm_mask),
-        "target_mapping": torch.from_numpy(np.pad(positions, slots, constant_values=-1)),
-        "target": torch.from_numpy(np.pad(inp_k[positions], slots)),
-        "target_mask": torch.from_numpy(np.pad(np.ones(len(positions), dtype=np.float32), slots)),
-        "seg_id": torch.from_numpy(seg_id),
+        "inp_k": inp_k,
+        "inp_q": is_target.astype(np.float32),
+        "perm_mask": np.concatenate([ranks[0], reuse_len + 1 + ranks[1]]),
+        "target_mapping": target_mapping,
+        "target": np.where(filled, inp_k[target_mapping], 0),
+        "target_mask": filled.astype(np.float32),
+        "seg_id": seg_id,
     }
 
 
-def create_batches(rows, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng, first_window=0):
-    """Yield the batches of a pass from first_window on: the next window of every row, stacked along a last axis, bsz.
+def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
+    """Do what `permute` does, with the order written out as the mask that it means.
 
-    -> dict as of `make_permute`, every tensor [..., bsz]
+    rng: numpy Generator, or a seed for a new one
+    -> dict as of `permute`, of tensors, but perm_mask: [seq_len, seq_len] float32, 1 = row i must not see column j
+    """
+    arrays = permute(feature, reuse_len, perm_size, num_predict, np.random.default_rng(rng))
+    arrays["perm_mask"] = perm_mask(arrays["perm_mask"], arrays["inp_q"])
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def create_batch(
+    rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng
+):
+    """Return the batch of one window: that window of every row, stacked along a last axis, bsz.
+
+    -> dict as of `permute`, of tensors [..., bsz]
     """
     sizes = (seq_len, reuse_len, num_predict, mask_alpha, mask_beta)
-    features = [create_data(row, vocab, *sizes, rng, first_window) for row in rows]
-    for window in zip(*features):
-        members = [make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng) for feature in window]
-        yield {key: torch.stack([member[key] for member in members], dim=-1) for key in members[0]}
+    features = [create_feature(row, window, vocab, *sizes, rng) for row in rows]
+    members = [permute(feature, reuse_len, perm_size, num_predict, rng) for feature in features]
+    return {key: torch.from_numpy(np.stack([member[key] for member in members], axis=-1)) for key in members[0]}
+
+
+def create_batches(rows, vocab, seq_len, reuse_len, *sizes):
+    """Yield the batches of a pass, from the first window to the last; arguments as of `create_batch`."""
+    for window in range(n_windows(len(rows[0].ids), seq_len, reuse_len)):
+        yield create_batch(rows, window, vocab, seq_len, reuse_len, *sizes)

@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,8 @@ def build_parser():
     flag("train_steps", None, "stop after so many updates (default: no limit)", **positive)
     flag("seed", 0, "of all random numbers; the same seed prints the same lines", **natural)
     flag("device", "auto", "auto: cuda where there is one, else cpu", choices=("auto", "cpu", "cuda"))
+    flag("bf16", None, "multiply matrices in bfloat16; weights, optimizer and cost stay float32", action="store_true")
+    flag("compile", None, "torch.compile the model: minutes at the start; meant for GPUs", action="store_true")
     flag("output_dir", None, "folder for checkpoints, metrics.csv and loss.png (default: nothing is saved)", **folder)
     flag("save_steps", None, "steps between checkpoints; there is one at the end too (default: a pass)", **positive)
     flag("save_total_limit", 3, "checkpoints kept, the newest ones, 0 = all", **natural)
@@ -238,6 +241,7 @@ def lm_loss(logits, target, target_mask):
     logits: [num_predict, bsz, n_token]; target, target_mask: [num_predict, bsz]
     Source: the paper, section 2.3; official two_stream_loss.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the sum
     nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     weight = target_mask.flatten()
     return (nll * weight).sum() / weight.sum().clamp(min=1)
@@ -461,7 +465,6 @@ class Run:
         text = b"".join(part.tobytes() for row in self.rows for part in (row.ids, row.cuts))
         self.identity = {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
 
-        self.rng = np.random.default_rng(args.seed)
         torch.manual_seed(args.seed)
         arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
         arguments["n_token"] = self.vocab.size
@@ -475,9 +478,13 @@ class Run:
             raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), eps=args.adam_epsilon)
+        if args.compile:
+            self.model.compile(dynamic=False)  # a memory grows in a few steps, and is long everywhere else
+        groups = parameter_groups(model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
         self.step = 0  # windows trained on, a line printed for each
-        self.mems, self.costs, self.batches = None, [], None  # of the pass
+        self.mems, self.costs = None, []  # of the pass
+        self.loader, self.coming = ThreadPoolExecutor(max_workers=1), {}  # batches, by step, made ahead of need
         if state:
             self.load_state_dict(state)
 
@@ -491,7 +498,6 @@ class Run:
             "mems": [mem if mem is None else mem.clone() for mem in self.mems],  # not the larger tensor behind it
             "optimizer": self.optimizer.state_dict(),
             "gradients": [parameter.grad for parameter in self.model.parameters()],  # of a half done accumulation
-            "numpy_rng": self.rng.bit_generator.state,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -506,30 +512,40 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, gradient in zip(self.model.parameters(), state["gradients"]):
             parameter.grad = gradient if gradient is None else gradient.to(self.device)
-        self.rng.bit_generator.state = state["numpy_rng"]
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
-    def create_batches(self, rows, rng, first_window=0):
+    def sizes(self):
+        """Return what data_utils must know of the flags, in its order."""
         args = self.args
-        return data_utils.create_batches(rows, self.vocab, args.seq_len, args.reuse_len, args.perm_size,
-                                         args.num_predict, args.mask_alpha, args.mask_beta, rng, first_window)
+        return (args.seq_len, args.reuse_len, args.perm_size, args.num_predict, args.mask_alpha, args.mask_beta)
+
+    def load_batch(self, step):
+        """Return the batch of a step, which depends on nothing but the text, the seed and the step."""
+        rng = np.random.default_rng([self.args.seed, step])
+        return self.to_device(
+            data_utils.create_batch(self.rows, step % self.pass_len, self.vocab, *self.sizes(), rng))
+
+    def to_device(self, batch):
+        if self.device.type == "cpu":
+            return batch
+        return {key: tensor.pin_memory().to(self.device, non_blocking=True) for key, tensor in batch.items()}
 
     def next_batch(self):
         """Return the batch of the next window; a new pass begins the text again, with nothing before it."""
-        window = self.step % self.pass_len
-        if window == 0:
-            self.mems, self.costs, self.batches = None, [], None
-        if self.batches is None:
-            self.batches = self.create_batches(self.rows, self.rng, first_window=window)
-        return next(self.batches)
+        if self.step % self.pass_len == 0:
+            self.mems = None
+        for step in (self.step, self.step + 1):  # the model computes while the one after is made
+            if step not in self.coming:
+                self.coming[step] = self.loader.submit(self.load_batch, step)
+        return self.coming.pop(self.step).result()
 
     def forward(self, batch, mems):
         """Return the cost of a batch, the number of its targets, and the new memory."""
-        batch = {key: tensor.to(self.device) for key, tensor in batch.items()}
         target, target_mask = batch.pop("target"), batch.pop("target_mask")
-        logits, mems = self.model(**batch, mems=mems)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
+            logits, mems = self.model(**batch, mems=mems)
         return lm_loss(logits, target, target_mask), target_mask.sum(), mems
 
     @torch.no_grad()
@@ -540,8 +556,9 @@ class Run:
         """
         self.model.eval()
         total, count, mems = 0.0, 0.0, None
-        for batch in self.create_batches(self.valid_rows, np.random.default_rng(0)):
-            cost, targets, mems = self.forward(batch, mems)
+        batches = data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), np.random.default_rng(0))
+        for batch in batches:
+            cost, targets, mems = self.forward(self.to_device(batch), mems)
             total += (cost * targets).item()
             count += targets.item()
         self.model.train()
@@ -553,9 +570,60 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # then AdamW changes nothing, and the run stops
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return lr, norm.item()
+        return lr, norm
+
+    def train_step(self):
+        """Train on the next window, with an update at the end of an accumulation; return metrics, some of them Later.
+
+        Nothing here waits for the device.
+        """
+        begin = time.perf_counter()
+        loss, _, self.mems = self.forward(self.next_batch(), self.mems)
+        (loss / self.args.grad_accum_steps).backward()
+        metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": Later(loss)}
+        if (self.step + 1) % self.args.grad_accum_steps == 0:
+            metrics["learning_rate"], norm = self.update()
+            metrics["gradient_norm"] = Later(norm)
+        self.step += 1
+        metrics["tokens_per_second"] = self.args.batch_size * self.args.seq_len / (time.perf_counter() - begin)
+        return metrics
+
+    def report(self, metrics, log):
+        """Print the line of a step, write its metrics, and return them, arrived; stop the run if they are not finite.
+
+        What went wrong is not in the weights: see `update`.
+        """
+        metrics = {name: value.get() if isinstance(value, Later) else value for name, value in metrics.items()}
+        epoch, window, cost = metrics["pass"], (metrics["step"] - 1) % self.pass_len + 1, metrics["cost"]
+        if window == 1:
+            self.costs = []
+        self.costs.append(cost)
+        log.line(f"Number of Epoch: {epoch:04d} in {window:04d} Step cost = {cost:.6f}")
+        for what, value in ("cost", cost), ("norm of the gradient", metrics.get("gradient_norm", 0)):
+            if not math.isfinite(value):
+                sys.exit(f"main.py: the {what} of step {metrics['step']}, window {window} of pass {epoch}, is {value}; "
+                         f"stopped before the update; try a smaller --learning_rate")
+        if "validation_cost" in metrics:
+            valid = metrics["validation_cost"]
+            log.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
+        log.metrics(metrics)
+        return metrics
+
+
+class Later:
+    """A number on its way from the device: a step later it has arrived, and `get` waits for nothing."""
+
+    def __init__(self, tensor):
+        self.copy = tensor.detach().to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def get(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.item()
 
 
 @contextlib.contextmanager
@@ -583,40 +651,36 @@ def train(run, args):
         f"XLNet of {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device.type}; "
         f"{Path(args.data).name}: {len(run.ids):,} tokens, unigram entropy {entropy:.3f}; "
         f"{run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
+    waiting = []  # metrics of steps that are not reported yet
     metrics = {}
+
+    def due(every):
+        return run.step % (every or run.pass_len) == 0 or run.step == run.last
+
+    def report(behind):
+        while len(waiting) > behind:
+            metrics.clear()
+            metrics.update(run.report(waiting.pop(0), log))
+
     with contextlib.closing(Log(args, run.step, run.last)) as log, stop_signals() as stop:
         while run.step < run.last:
-            begin = time.perf_counter()
-            epoch = run.step // run.pass_len + 1
-            loss, _, run.mems = run.forward(run.next_batch(), run.mems)
-            run.costs.append(loss.item())
-            log.line(f"Number of Epoch: {epoch:04d} in {len(run.costs):04d} Step cost = {run.costs[-1]:.6f}")
-            if not math.isfinite(run.costs[-1]):
-                sys.exit(f"main.py: the cost of step {run.step + 1}, window {len(run.costs)} of pass {epoch}, is "
-                         f"{run.costs[-1]}; stopped before the update; try a smaller --learning_rate")
-            (loss / args.grad_accum_steps).backward()
-            metrics = {"pass": epoch, "step": run.step + 1, "cost": run.costs[-1]}
-            if (run.step + 1) % args.grad_accum_steps == 0:
-                metrics["learning_rate"], metrics["gradient_norm"] = run.update()
-            run.step += 1
-            metrics["tokens_per_second"] = args.batch_size * args.seq_len / (time.perf_counter() - begin)
-
-            def due(every):
-                return run.step % (every or run.pass_len) == 0 or run.step == run.last
-
+            waiting.append(run.train_step())
             if args.valid and due(args.eval_steps):
-                valid = metrics["validation_cost"] = run.evaluate()
-                log.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
-            log.metrics(metrics)
-            if args.output_dir and (due(args.save_steps) or stop):
+                waiting[-1]["validation_cost"] = run.evaluate()
+            report(behind=run.device.type == "cuda")  # a GPU works on a step while the one before is reported
+            stopped = stop[:]  # a signal that comes from here on waits for the next step
+            save = args.output_dir and (due(args.save_steps) or stopped)
+            if save or stopped or run.step == run.last:
+                report(behind=0)
+            if save:
                 save_checkpoint(args, run)
                 draw_loss(args.output_dir)
-            if stop:
+            if stopped:
                 saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
                     "nothing is saved without --output_dir")
                 log.close()
                 print(f"main.py: stopped after step {run.step}; {saved}", file=sys.stderr)
-                sys.exit(128 + stop[0])
+                sys.exit(128 + stopped[0])
 
     mean_cost = sum(run.costs) / len(run.costs)
     print(f"Mean cost of pass {-(-run.last // run.pass_len)}: {mean_cost:.3f}; of guessing by word frequency: "
@@ -648,6 +712,9 @@ def main(argv=None):
         parser.exit(1)
     except OSError as error:
         parser.exit(1, f"main.py: {error}; checkpoints saved before are whole\n")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"--compile: {reason}; leave it out, or give PyTorch what it needs, a C++ compiler on a CPU")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 The content stream `h` holds what every position says; the query stream `g` holds what can be told about a
 position without looking at its token. Both share all weights; `g` predicts, and is thrown away after pretraining.
+They run through a layer as the rows of one tensor, h above g: what differs is where a row may look.
 Sources: the paper, arXiv:1906.08237, sections 2.3 to 2.5, Transformer-XL, arXiv:1901.02860, section 3.3 and
 appendix B, and zihangdai/xlnet, modeling.py ("official" below). The official names are kept: `r_w_bias` and
 `r_r_bias` are Transformer-XL's u and v.
@@ -11,6 +12,7 @@ Axes, in every einsum and every shape:
     b  batch (bsz)                     n  head (n_head)
     d  width of a head (d_head)        h  width of the model (d_model)
     m  predicted slot (num_predict)    r  relative distance, from klen down (rlen)
+    rows  of both streams: qlen positions, then num_predict slots
 """
 
 import inspect
@@ -31,6 +33,7 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # what the official code calls gelu
 }
 BLOCKED = -1e30  # added to a score: nothing is left of it after the softmax (official)
+SEGMENTS = 8  # segment ids are below this; three are used, and matrix units like multiples of 8
 LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
 
 
@@ -76,36 +79,46 @@ def rel_shift(x, klen):
     With attn_type "uni" rlen is short and the entries after a query's own position are undefined; they are masked.
     Source: Transformer-XL, appendix B.
     """
-    qlen, rlen = x.shape[2:]
-    return x.flatten(2)[:, :, qlen:].unflatten(2, (qlen, rlen - 1))[..., :klen]
+    return RelShift.apply(x, klen)
 
 
-def rel_shift_rows(x, start, klen):
-    """Do what `rel_shift` does for rows at chosen positions only: row m is read from entry start[m] on.
+class RelShift(torch.autograd.Function):
+    """`rel_shift`, whose gradient is one copy into zeros, where autograd would make one for each change of shape."""
 
-    x: [bsz, n_head, num_predict, rlen]; start: [bsz, num_predict], qlen minus the position of each slot
-    -> [bsz, n_head, num_predict, klen]
-    """
-    index = start[:, None, :, None] + torch.arange(klen, device=x.device)
-    index = index.clamp(max=x.size(3) - 1)  # beyond the own position with attn_type "uni": masked
-    return x.gather(3, index.expand(-1, x.size(1), -1, -1))
+    @staticmethod
+    def view(x, klen):
+        qlen, rlen = x.shape[2:]
+        return x.flatten(2)[:, :, qlen:].unflatten(2, (qlen, rlen - 1))[..., :klen]
+
+    @staticmethod
+    def forward(ctx, x, klen):
+        ctx.shape = x.shape
+        return RelShift.view(x, klen)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = grad.new_zeros(ctx.shape)
+        RelShift.view(grad_x, grad.size(3)).copy_(grad)
+        return grad_x, None
 
 
-def attention_dropout(prob, rate, training):
+def dropout(x, rate, training):
     """Do what F.dropout does, several times faster on a CPU, where that draws one Bernoulli variable at a time.
 
-    Sixteen random bits decide on each weight, so the true rate is the multiple of 2^-16 next to `rate`.
+    Eight random bits decide on each value: it is dropped if they are below 256 * rate. Where that is not a whole
+    number, each row draws to which side to round it, so that the chance of a value is `rate` exactly.
 
-    prob: any shape, float; rate: in [0, 1)
+    x: [..., width], float; rate: in [0, 1)
     """
     if not training or rate == 0:
-        return prob
-    if prob.device.type != "cpu":
-        return F.dropout(prob, rate)
-    size = prob.numel()
-    bits = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = (bits[:size].view(prob.shape) >= round(rate * 2**16) - 2**15).to(prob.dtype)
-    return prob * keep.div_(1 - rate)
+        return x
+    if x.device.type != "cpu" or rate > 0.99 or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    size = x.numel()
+    bits = torch.empty((size + 7) // 8, dtype=torch.int64).random_(-(2**63), None).view(torch.int8)  # -128 to 127
+    threshold = (256 * rate - 128 + torch.rand(*x.shape[:-1], 1)).floor_().to(torch.int8)
+    keep = bits[:size].view(x.shape).ge_(threshold)
+    return x * keep.to(x.dtype).mul_(1 / (1 - rate))
 
 
 def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
@@ -138,21 +151,15 @@ def create_mask(qlen, mlen, same_length, device=None):
     return blocked
 
 
-class Masks(NamedTuple):
-    """What the rows of one stream may see, and from where; a row is a position i, or a slot m in the query stream."""
+class Group(NamedTuple):
+    """Rows that may look at the same keys: a part of the content stream, or the query stream."""
 
+    rows: slice  # of both streams
+    klen: int  # they may look at the first klen keys
+    distances: slice  # of the relative distances, those between these rows and these keys
+    index: Optional[torch.Tensor]  # [bsz, 1, rows, klen], of a key's distance; None: successive rows, see rel_shift
     attn_mask: torch.Tensor  # [bsz, 1, rows, klen], added to scores: 0 = visible, BLOCKED = not visible
-    seg_mat: Optional[torch.Tensor]  # [bsz, 1, rows, klen], 1 = the key lies in another segment; None: no segments
-    start: Optional[torch.Tensor]  # [bsz, rows], see rel_shift_rows; None: there is a row for every position
-
-    def at(self, positions):
-        """Return the masks of a query stream with rows at `positions` only: [bsz, num_predict], -1 = sees nothing."""
-        qlen, klen = self.attn_mask.shape[2:]
-        start = qlen - positions.clamp(min=0)
-        index = positions.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, klen)
-        attn_mask = self.attn_mask.gather(2, index).masked_fill((positions < 0)[:, None, :, None], BLOCKED)
-        seg_mat = None if self.seg_mat is None else self.seg_mat.gather(2, index)
-        return Masks(attn_mask, seg_mat, start)
+    blind: torch.Tensor  # [bsz, 1, rows, 1] bool, True = the row sees no key at all
 
 
 class RelativeAttention(nn.Module):
@@ -166,69 +173,62 @@ class RelativeAttention(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(n_head, d_head)))
         self.seg_embed = nn.Parameter(torch.empty(2, n_head, d_head))
         self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
-        self.dropatt = dropatt
+        self.dropout, self.dropatt = dropout, dropatt
 
-    def rel_attn_core(self, q, k, v, k_r, masks):
+    def rel_attn_core(self, q, k, v, k_r, groups, seg_q, seg_k):
         """Return what each row reads from the keys it may see, weighted by the three scores of the paper.
 
         q: [bsz, n_head, rows, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
+        seg_q: [bsz, 1, rows, SEGMENTS], seg_k: [bsz, 1, klen, SEGMENTS], segments one-hot; None: no segments
         -> [bsz, n_head, rows, d_head]
         Source: Transformer-XL, section 3.3, terms (a) to (d); the paper, section 2.5; official rel_attn_core.
         """
-        klen = k.size(2)
         scale = q.size(3) ** -0.5
-
-        # (a) + (c): how well the content of the key fits
-        score = torch.einsum("bnid,bnjd->bnij", (q + self.r_w_bias[:, None]) * scale, k)
-
-        # (b) + (d): how well its distance fits
-        position = torch.einsum("bnid,bnrd->bnir", (q + self.r_r_bias[:, None]) * scale, k_r)
-        if masks.start is None:
-            score = score + rel_shift(position, klen)
-        else:
-            score = score + rel_shift_rows(position, masks.start, klen)
-
-        # Section 2.5: whether it lies in the same segment, or in another. What a row adds to all its keys alike
-        # cancels in the softmax, so it is enough to add the difference where the segment is another.
-        if masks.seg_mat is not None:
-            difference = self.seg_embed[1] - self.seg_embed[0]
+        content, position = (q + self.r_w_bias[:, None]) * scale, (q + self.r_r_bias[:, None]) * scale
+        if seg_q is not None:
+            # Section 2.5: whether the key lies in the same segment. What a row adds to all its keys alike cancels in
+            # the softmax, so the difference to another segment is enough: a score that the row has on the coordinate
+            # of its own segment, where keys of that segment have a 1.
+            difference = self.seg_embed[0] - self.seg_embed[1]  # same - other
             segment = torch.einsum("bnid,nd->bni", (q + self.r_s_bias[:, None]) * scale, difference)
-            score = score + segment[..., None] * masks.seg_mat
+            content = torch.cat([content, segment[..., None] * seg_q], dim=-1)
+            k = torch.cat([k, seg_k.expand(-1, k.size(1), -1, -1)], dim=-1)
 
-        prob = attention_dropout((score + masks.attn_mask).softmax(dim=-1), self.dropatt, self.training)
-        return torch.einsum("bnij,bnjd->bnid", prob, v)
+        attn_vec = []
+        for group in groups:
+            # (a) + (c): how well the content of the key fits, and its segment
+            score = content[:, :, group.rows] @ k[:, :, : group.klen].mT  # [bsz, n_head, rows, klen]
 
-    def post_attention(self, x, attn_vec):
-        """Project the heads back to the model's width, add the residual x [rows, bsz, d_model] and normalize."""
-        return self.layer_norm(x + self.dropout(torch.einsum("bnid,hnd->ibh", attn_vec, self.o)))
+            # (b) + (d): how well its distance fits
+            distance = position[:, :, group.rows] @ k_r[:, :, group.distances].mT  # [bsz, n_head, rows, rlen]
+            if group.index is None:
+                score += rel_shift(distance, group.klen)
+            else:
+                score += distance.gather(3, group.index.expand(-1, score.size(1), -1, -1))
 
-    def two_stream_rel_attn(self, h, g, pos_emb, mem, masks_h, masks_g, need_h):
-        """Let both streams attend to the content stream and its memory, with the same weights.
+            score += group.attn_mask
+            prob = dropout(score.softmax(dim=-1, dtype=score.dtype), self.dropatt, self.training)
+            read = prob @ v[:, :, : group.klen]  # [bsz, n_head, rows, d_head]
+            # The softmax of a row that sees nothing is uniform over all keys, its own token among them: read nothing.
+            attn_vec.append(read.masked_fill(group.blind, 0))
+        return torch.cat(attn_vec, dim=2)
 
-        The two differ in their queries and their masks alone: h_i comes from the token and sees itself, g_m comes
-        from the position and does not.
+    def two_stream_rel_attn(self, x, h, pos_emb, mem, groups, seg_q, seg_k):
+        """Let the rows of both streams attend to the content stream and its memory, with the same weights.
 
-        h: [qlen, bsz, d_model]; g: [num_predict, bsz, d_model], or None for one stream; pos_emb: [rlen, bsz,
-        d_model]; mem: [mlen, bsz, d_model] or None; need_h: False if nothing reads the new h -> new h or None, new g
-        Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn.
+        x: [rows, bsz, d_model], both streams or the query stream alone; h: [qlen, bsz, d_model], the content stream;
+        pos_emb: [rlen, bsz, d_model]; mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
+        -> [rows, bsz, d_model], with the residual x added, normalized
+        Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn and post_attention.
         """
         cat = h if mem is None else torch.cat([mem, h])
+        q = torch.einsum("ibh,hnd->bnid", x, self.q)
         k = torch.einsum("jbh,hnd->bnjd", cat, self.k)
         v = torch.einsum("jbh,hnd->bnjd", cat, self.v)
         k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)
-
-        new_h = None
-        if need_h:
-            q = torch.einsum("ibh,hnd->bnid", h, self.q)
-            new_h = self.post_attention(h, self.rel_attn_core(q, k, v, k_r, masks_h))
-        if g is not None:
-            q = torch.einsum("mbh,hnd->bnmd", g, self.q)
-            attn_vec = self.rel_attn_core(q, k, v, k_r, masks_g)
-            # The softmax of a row that sees nothing is uniform over all keys, its own token among them: read nothing.
-            attn_vec = attn_vec.masked_fill(masks_g.attn_mask.amax(dim=3, keepdim=True) < 0, 0)
-            g = self.post_attention(g, attn_vec)
-        return new_h, g
+        attn_vec = self.rel_attn_core(q, k, v, k_r, groups, seg_q, seg_k)
+        out = torch.einsum("bnid,hnd->ibh", attn_vec, self.o)
+        return self.layer_norm(x + dropout(out, self.dropout, self.training))
 
 
 class FeedForward(nn.Module):
@@ -239,26 +239,25 @@ class FeedForward(nn.Module):
         self.layer_1 = nn.Linear(d_model, d_inner)
         self.layer_2 = nn.Linear(d_inner, d_model)
         self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.activation = ACTIVATIONS[ff_activation]
 
     def forward(self, x):
-        inner = self.dropout(self.activation(self.layer_1(x)))
-        return self.layer_norm(x + self.dropout(self.layer_2(inner)))
+        inner = dropout(self.activation(self.layer_1(x)), self.dropout, self.training)
+        return self.layer_norm(x + dropout(self.layer_2(inner), self.dropout, self.training))
 
 
 class Layer(nn.Module):
-    """Two-stream attention, then the feed-forward network on either stream."""
+    """Two-stream attention, then the feed-forward network."""
 
     def __init__(self, d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation):
         super().__init__()
         self.rel_attn = RelativeAttention(d_model, n_head, d_head, dropout, dropatt)
         self.ff = FeedForward(d_model, d_inner, dropout, ff_activation)
 
-    def forward(self, h, g, pos_emb, mem, masks_h, masks_g, need_h):
-        """Return the new h and g, shapes as in `two_stream_rel_attn`; None for a stream that is not there."""
-        h, g = self.rel_attn.two_stream_rel_attn(h, g, pos_emb, mem, masks_h, masks_g, need_h)
-        return h if h is None else self.ff(h), g if g is None else self.ff(g)
+    def forward(self, *inputs):
+        """Return the new rows; the inputs are those of `two_stream_rel_attn`."""
+        return self.ff(self.rel_attn.two_stream_rel_attn(*inputs))
 
 
 class XLNet(nn.Module):
@@ -296,7 +295,7 @@ class XLNet(nn.Module):
         self.layer = nn.ModuleList(
             Layer(d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation) for _ in range(n_layer)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.lm_loss = nn.Linear(d_model, n_token)
         self.lm_loss.weight = self.word_embedding.weight  # tied, as in the official pretraining
         self.init_weights(init, init_std)
@@ -358,19 +357,47 @@ class XLNet(nn.Module):
                 parameter.copy_(weights[name])
         return model
 
-    def attention_mask(self, qlen, mlen, input_mask, perm_mask, like):
-        """Return who must not see whom, whoever sees itself: [bsz, 1, qlen, klen] as `like`, 0 or BLOCKED.
+    def attention_groups(self, qlen, mlen, input_mask, perm_mask, inp_q, positions, like):
+        """Return who may look where: the groups of the content stream, then, with positions, that of the query stream.
 
+        positions: [bsz, num_predict], of each slot, -1 for an empty one, which sees nothing; or None
+        like: a tensor of the type and on the device wanted
         Source: official transformer_xl, "Attention mask".
         """
-        blocked = torch.zeros(like.size(1), qlen, mlen + qlen, dtype=torch.bool, device=like.device)
+        bsz, klen = like.size(1), mlen + qlen
+        blocked = torch.zeros(bsz, qlen, klen, dtype=torch.bool, device=like.device)
+        parts = [0, qlen]
         if self.attn_type == "uni":
             blocked |= create_mask(qlen, mlen, self.same_length, like.device)
-        if perm_mask is not None:  # all memory is visible
+        if perm_mask is not None and perm_mask.dim() == 3:  # all memory is visible
             blocked[..., mlen:] |= perm_mask.permute(2, 0, 1) > 0
+        elif perm_mask is not None:
+            rank = perm_mask.t()
+            seen = rank if inp_q is None else rank - inp_q.t()  # what is to be predicted does not see its own rank
+            blocked[..., mlen:] |= rank[:, None] > seen[:, :, None]
+            if 0 < self.reuse_len < qlen:
+                parts = [0, self.reuse_len, qlen]  # the first never look at the second: leave these keys out
         if input_mask is not None:
             blocked[..., mlen:] |= input_mask.t()[:, None] > 0
-        return like.new_zeros(blocked.shape).masked_fill_(blocked, BLOCKED)[:, None]
+        attn_mask = like.new_zeros(blocked.shape).masked_fill_(blocked, BLOCKED)[:, None]
+
+        def group(rows, distances, index, attn_mask):
+            return Group(rows, attn_mask.size(3), distances, index, attn_mask, attn_mask.amax(dim=3, keepdim=True) < 0)
+
+        query = []
+        if positions is not None:
+            at = positions[:, None, :, None]
+            index = qlen - at + torch.arange(klen, device=like.device)  # as in rel_shift
+            index = index.clamp(max=klen if self.attn_type == "uni" else klen + qlen - 1)  # empty, or masked
+            mask = attn_mask.gather(2, at.clamp(min=0).expand(-1, 1, -1, klen)).masked_fill(at < 0, BLOCKED)
+            query.append(group(slice(qlen, None), slice(None), index, mask))
+        # The query stream must guess its own token, the content stream sees itself.
+        attn_mask.diagonal(mlen, dim1=2, dim2=3).zero_()
+        return [
+            group(slice(begin, end), slice(qlen - end, klen + end - begin), None,
+                  attn_mask[:, :, begin:end, : mlen + end])
+            for begin, end in itertools.pairwise(parts)
+        ] + query
 
     def forward(self, inp_k, seg_id=None, input_mask=None, mems=None, perm_mask=None, target_mapping=None, inp_q=None):
         """Return the logits of the predicted slots, or of every position in single-stream mode, and the new memory.
@@ -379,7 +406,8 @@ class XLNet(nn.Module):
         seg_id: [len, bsz] int, or None for no segments; memory counts as segment 0
         input_mask: [len, bsz], 1 = padding, or None
         mems: list of n_layer [mlen, bsz, d_model], or None; what the previous call returned
-        perm_mask: [len, len, bsz], 1 = position i must not see j, or None
+        perm_mask: [len, len, bsz], 1 = position i must not see j; or the same as ranks, [len, bsz] int, the place of
+            every position in the order of data_utils.permute, which puts the first reuse_len before the others; or None
         target_mapping: [num_predict, bsz] int, the position of each slot, -1 for an empty one; or the same as one-hot
             [num_predict, len, bsz]; or None for a slot at every position
         inp_q: [len, bsz], 1 = to be predicted; or None: content stream only, for fine-tuning and features
@@ -403,42 +431,41 @@ class XLNet(nn.Module):
             mems = [None] * len(self.layer)
         mlen = 0 if mems[0] is None else mems[0].size(0)
 
-        word_emb_k = self.word_embedding(inp_k)
-        h = self.dropout(word_emb_k)
-        g = None
-        if inp_q is not None:
-            if target_mapping is None:
-                g = torch.where(inp_q[:, :, None] > 0, self.mask_emb, word_emb_k)
-            else:
-                if target_mapping.dim() == 3:
-                    empty = target_mapping.sum(dim=1) == 0
-                    target_mapping = target_mapping.argmax(dim=1).masked_fill(empty, -1)
-                g = self.mask_emb.expand(target_mapping.size(0), bsz, -1)
-            g = self.dropout(g)
+        x, positions = self.word_embedding(inp_k), None
+        if inp_q is not None and target_mapping is None:
+            positions = torch.arange(qlen, device=device).expand(bsz, qlen)
+            x = torch.cat([x, torch.where(inp_q[:, :, None] > 0, self.mask_emb, x)])
+        elif inp_q is not None:
+            if target_mapping.dim() == 3:
+                empty = target_mapping.sum(dim=1) == 0
+                target_mapping = target_mapping.argmax(dim=1).masked_fill(empty, -1)
+            positions = target_mapping.t()
+            x = torch.cat([x, self.mask_emb.expand(target_mapping.size(0), bsz, -1)])
+        x = dropout(x, self.dropout, self.training)
+        groups = self.attention_groups(qlen, mlen, input_mask, perm_mask, inp_q, positions, like=x)
 
-        # What each stream may see: the query stream must guess its own token, the content stream sees itself.
-        seg_mat = None
+        seg_q = seg_k = None
         if seg_id is not None:
-            cat_ids = F.pad(seg_id, (0, 0, mlen, 0))  # [j, b]; memory counts as segment 0
-            seg_mat = (seg_id.t()[:, :, None] != cat_ids.t()[:, None])[:, None].to(h.dtype)  # [b, 1, i, j]
-        masks_g = Masks(self.attention_mask(qlen, mlen, input_mask, perm_mask, like=h), seg_mat, start=None)
-        masks_h = masks_g._replace(attn_mask=masks_g.attn_mask.clone())
-        masks_h.attn_mask.diagonal(mlen, dim1=2, dim2=3).zero_()
-        if target_mapping is not None:
-            masks_g = masks_g.at(target_mapping.t())
+            seg_q, seg_k = seg_id, F.pad(seg_id, (0, 0, mlen, 0))  # memory counts as segment 0
+            if positions is not None:
+                seg_q = torch.cat([seg_id, seg_id.gather(0, positions.t().clamp(min=0))])
+            seg_q, seg_k = (F.one_hot(ids.t().long(), SEGMENTS)[:, None].to(x.dtype) for ids in (seg_q, seg_k))
 
         pos_emb = relative_positional_encoding(
-            qlen, mlen + qlen, h.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, device
+            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, device
         )
-        pos_emb = self.dropout(pos_emb.to(h.dtype))
+        pos_emb = dropout(pos_emb.to(x.dtype), self.dropout, self.training)
 
         new_mems = []
         for i, layer in enumerate(self.layer):
+            h = x[:qlen]
             new_mems.append(cache_mem(h, mems[i], self.mem_len, self.reuse_len))
-            # The last layer's content stream would feed nothing: neither the loss nor the memory.
-            need_h = g is None or i + 1 < len(self.layer)
-            h, g = layer(h, g, pos_emb, mems[i], masks_h, masks_g, need_h=need_h)
-        return self.dropout(h if g is None else g), new_mems
+            if positions is not None and i + 1 == len(self.layer):
+                # The last layer's content stream would feed nothing: neither the loss nor the memory.
+                x, groups = x[qlen:], [groups[-1]._replace(rows=slice(None))]
+                seg_q = None if seg_q is None else seg_q[:, :, qlen:]
+            x = layer(x, h, pos_emb, mems[i], groups, seg_q, seg_k)
+        return dropout(x, self.dropout, self.training), new_mems
 
 
 ARGUMENTS = tuple(inspect.signature(XLNet).parameters)

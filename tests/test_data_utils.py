@@ -103,15 +103,17 @@ def check_permutation(batch, feature, reuse_len, perm_size, num_predict):
 
 
 def test_perm_mask_of_four_tokens_by_hand():
-    """The example of local_perm's docstring: "the cat sat [SEP]" in the order sat, [SEP], the, cat."""
+    """The example of perm_mask's docstring: "the cat sat [SEP]" in the order sat, [SEP], the, cat."""
 
     class Order:
         def permutation(self, n):
             assert n == 4
             return np.array([2, 3, 0, 1])  # the place of the, cat, sat, [SEP] in the order
 
-    mask, is_target = data_utils.local_perm(
+    rank, is_target = data_utils.local_perm(
         np.array([False, True, True, False]), np.array([False, False, False, True]), perm_size=4, rng=Order())
+    assert rank.tolist() == [-1, 3, 0, 1]
+    mask = data_utils.perm_mask(rank, is_target)
     assert mask.astype(int).tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     assert is_target.tolist() == [False, True, True, False]
 
@@ -122,7 +124,7 @@ def test_orders_are_shared_by_blocks_and_fresh_at_each_visit():
     everything, nothing = np.ones(9, dtype=bool), np.zeros(9, dtype=bool)
     counts = {}
     for _ in range(6000):
-        mask, _ = data_utils.local_perm(everything, nothing, perm_size=3, rng=rng)
+        mask = data_utils.perm_mask(*data_utils.local_perm(everything, nothing, perm_size=3, rng=rng))
         blocks = [mask[b : b + 3, b : b + 3] for b in (0, 3, 6)]
         assert (blocks[0] == blocks[1]).all() and (blocks[0] == blocks[2]).all()
         order = tuple(mask[:3, :3].sum(axis=1))
@@ -298,7 +300,7 @@ def test_batches_stack_rows_and_are_made_lazily():
     batches = data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, rng)
     for window in range(2):
         batch = next(batches)
-        assert batch["inp_k"].shape == (32, 4) and batch["perm_mask"].shape == (32, 32, 4)
+        assert batch["inp_k"].shape == (32, 4) and batch["perm_mask"].shape == (32, 4)
         for b in range(4):
             part = rows[b].ids[16 * window : 16 * window + 16]
             assert torch.equal(batch["inp_k"][:16, b], torch.from_numpy(part.copy()))

@@ -278,6 +278,30 @@ def test_a_cost_that_is_not_finite_stops_before_the_update(run, tmp_path, monkey
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoint-20").values())
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing(run, tmp_path, monkeypatch, short_text):
+    """The cost is fine and its gradient overflows: the update leaves the weights and AdamW's state as they were."""
+    args = main.settle(vars(main.build_parser().parse_args([*SMALL, "--data", str(short_text / "text.txt")])))
+    one = main.Run(args)
+    one.train_step()
+    before = [tensor.clone() for tensor in one.model.parameters()]
+    moments = [tensor.clone() for state in one.optimizer.state.values() for tensor in state.values()]
+    forward = one.forward
+
+    def spoil(batch, mems):
+        loss, targets, mems = forward(batch, mems)
+        return loss + 0 * (one.model.mask_emb * 0).sqrt().sum(), targets, mems  # 0, whose derivative is 0 * infinity
+
+    one.forward = spoil
+    metrics = one.train_step()
+    assert np.isfinite(metrics["cost"].get()) and not np.isfinite(metrics["gradient_norm"].get())
+    assert all(map(torch.equal, before, one.model.parameters()))
+    after = [tensor for state in one.optimizer.state.values() for tensor in state.values()]
+    assert all(map(torch.equal, moments, after))
+    with pytest.raises(SystemExit) as stop:
+        one.report(metrics, main.Log(args, 0, 2))
+    assert "norm of the gradient of step 2, window 2 of pass 1, is nan" in stop.value.code
+
+
 # ---------------------------------------------------------------- mistakes
 
 

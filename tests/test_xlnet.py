@@ -2,6 +2,7 @@
 
 import ast
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -226,20 +227,34 @@ def test_rel_shift_example():
 
 @pytest.mark.parametrize("mlen", [0, 5])
 @pytest.mark.parametrize("attn_type", ["bi", "uni"])
-def test_rel_shift_equals_a_loop(mlen, attn_type):
-    """Entry (i, j) of either form is the score of distance i + mlen - j, for whole streams and for chosen rows."""
+@pytest.mark.parametrize("reuse_len", [0, 2])
+def test_every_group_finds_the_distance_of_every_key(mlen, attn_type, reuse_len):
+    """Entry (i, j) is the score of distance i + mlen - j, in either part of the content stream and for any slots."""
     qlen, klen = 6, 6 + mlen
-    x = torch.randn(2, 3, qlen, klen + (qlen if attn_type == "bi" else 1))
-    shifted = xlnet.rel_shift(x, klen)
+    model = XLNet(50, attn_type=attn_type, reuse_len=reuse_len)
+    rank = torch.zeros(qlen, 2, dtype=torch.int64)
     positions = torch.tensor([[4, 0], [1, 5]])
-    rows = torch.stack([x[b, :, positions[b]] for b in range(2)])
-    chosen = xlnet.rel_shift_rows(rows, qlen - positions, klen)
-    for i in range(qlen):
-        for j in range(klen if attn_type == "bi" else i + mlen + 1):
-            expected = x[:, :, i, klen - (i + mlen - j)]  # row r of the encoding stands for distance klen - r
-            assert torch.equal(shifted[:, :, i, j], expected)
-            for b, m in (positions == i).nonzero().tolist():
-                assert torch.equal(chosen[b, :, m, j], expected[b])
+    groups = model.attention_groups(qlen, mlen, None, rank, None, positions, like=torch.zeros(qlen, 2, 32))
+    assert [group.klen for group in groups] == ([klen, klen] if reuse_len == 0 else [mlen + 2, klen, klen])
+    rlen = klen + (qlen if attn_type == "bi" else 1)
+    x = torch.randn(2, 3, qlen, rlen)  # a score for every position and row r of the encoding, distance klen - r
+    for group in groups:
+        if group.index is None:
+            rows = torch.arange(qlen)[group.rows].expand(2, -1)
+            found = xlnet.rel_shift(x[:, :, group.rows, group.distances].contiguous(), group.klen)
+        else:
+            rows = positions
+            scores = torch.stack([x[b, :, positions[b]] for b in range(2)])
+            found = scores[..., group.distances].gather(3, group.index.expand(-1, 3, -1, -1))
+        for b in range(2):
+            for m, i in enumerate(rows[b].tolist()):
+                for j in range(group.klen if attn_type == "bi" else i + mlen + 1):
+                    assert torch.equal(found[b, :, m, j], x[b, :, i, klen - (i + mlen - j)])
+
+
+def test_gradient_of_rel_shift():
+    x = torch.randn(2, 2, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: xlnet.rel_shift(x, klen=4), x)
 
 
 def test_relative_positional_encoding_equals_a_loop():
@@ -262,30 +277,43 @@ def test_create_mask_example():
 
 
 def test_rel_attn_core_equals_a_loop():
-    """The three scores of the paper, written out for every query and key."""
+    """The three scores of the paper, written out for every query and key; the last row sees nothing and reads nothing.
+
+    Four successive positions, and then position 2 once more, as a slot of the query stream.
+    """
     torch.manual_seed(2)
     qlen, mlen, d_head = 4, 2, 3
     klen = qlen + mlen
     attn = randomize(xlnet.RelativeAttention(d_model=4, n_head=2, d_head=d_head, dropout=0, dropatt=0), std=1)
-    q, k, v = torch.randn(1, 2, qlen, d_head), torch.randn(1, 2, klen, d_head), torch.randn(1, 2, klen, d_head)
+    positions = [0, 1, 2, 3, 2, 2]
+    q, k, v = torch.randn(1, 2, 6, d_head), torch.randn(1, 2, klen, d_head), torch.randn(1, 2, klen, d_head)
     k_r = torch.randn(1, 2, klen + qlen, d_head)
-    visible = torch.rand(qlen, klen) < 0.7
+    visible = torch.rand(6, klen) < 0.7
     visible[:, 0] = True
-    other = torch.rand(qlen, klen) < 0.5
-    mask = torch.where(visible, 0.0, xlnet.BLOCKED)
-    out = attn.rel_attn_core(q, k, v, k_r, xlnet.Masks(mask[None, None], other[None, None].float(), start=None))
+    visible[5] = False
+    mask = torch.where(visible, 0.0, xlnet.BLOCKED)[None, None]
+    index = (qlen - 2 + torch.arange(klen)).expand(1, 1, 2, klen)
+    blind = ~visible.any(dim=1)[None, None, :, None]
+    seg_q, seg_k = torch.randint(3, (6,)), torch.randint(3, (klen,))
+    groups = [
+        xlnet.Group(slice(4), klen, slice(None), None, mask[:, :, :4], blind[:, :, :4]),
+        xlnet.Group(slice(4, None), klen, slice(None), index, mask[:, :, 4:], blind[:, :, 4:]),
+    ]
+    out = attn.rel_attn_core(q, k, v, k_r, groups, *(
+        F.one_hot(seg, xlnet.SEGMENTS)[None, None].float() for seg in (seg_q, seg_k)))
+    assert not out[0, :, 5].any()
     for n in range(2):
-        for i in range(qlen):
+        for row, i in enumerate(positions[:5]):
             scores = [
                 (
-                    (q[0, n, i] + attn.r_w_bias[n]) @ k[0, n, j]
-                    + (q[0, n, i] + attn.r_r_bias[n]) @ k_r[0, n, klen - (i + mlen - j)]
-                    + (q[0, n, i] + attn.r_s_bias[n]) @ attn.seg_embed[int(other[i, j]), n]
-                ) / math.sqrt(d_head) if visible[i, j] else torch.tensor(-math.inf)
+                    (q[0, n, row] + attn.r_w_bias[n]) @ k[0, n, j]
+                    + (q[0, n, row] + attn.r_r_bias[n]) @ k_r[0, n, klen - (i + mlen - j)]
+                    + (q[0, n, row] + attn.r_s_bias[n]) @ attn.seg_embed[int(seg_q[row] != seg_k[j]), n]
+                ) / math.sqrt(d_head) if visible[row, j] else torch.tensor(-math.inf)
                 for j in range(klen)
             ]
             expected = torch.stack(scores).softmax(dim=0) @ v[0, n]
-            torch.testing.assert_close(out[0, n, i], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out[0, n, row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prev, mem_len, reuse_len, expected", [
@@ -305,22 +333,22 @@ def test_cache_mem_table(prev, mem_len, reuse_len, expected):
     assert memory is None or not memory.requires_grad
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
-def test_attention_dropout_has_the_rate_and_the_mean_of_dropout(rate):
-    """Over a million weights; five standard errors of a Bernoulli mean."""
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.999])
+def test_dropout_has_the_rate_and_the_mean_of_dropout(rate):
+    """Over a million values, also where the rate is no multiple of 1/256; five standard errors of a Bernoulli mean."""
     torch.manual_seed(3)
-    prob = torch.ones(1001, 999, requires_grad=True)  # a size that four does not divide
-    dropped = xlnet.attention_dropout(prob, rate, training=True)
+    x = torch.ones(1001, 999, requires_grad=True)  # a size that eight does not divide
+    dropped = xlnet.dropout(x, rate, training=True)
     kept = dropped != 0
-    error = 5 * math.sqrt(rate * (1 - rate) / prob.numel()) + 2**-16
+    error = 5 * math.sqrt(rate * (1 - rate) / x.numel())
     assert abs(kept.float().mean() - (1 - rate)) <= error
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - rate)))
     dropped.sum().backward()
-    torch.testing.assert_close(prob.grad, dropped.detach())
-    # neighbours are independent: of two adjacent weights both are kept as often as chance has it
-    both = (kept[:, 1:] & kept[:, :-1]).float().mean()
-    assert abs(both - (1 - rate) ** 2) <= 3 * error
-    assert xlnet.attention_dropout(prob, rate, training=False) is prob
+    torch.testing.assert_close(x.grad, dropped.detach())
+    # neighbours are independent: of two adjacent values both are kept as often as chance has it
+    for one, other in (kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]):
+        assert abs((one & other).float().mean() - (1 - rate) ** 2) <= 3 * error
+    assert xlnet.dropout(x, rate, training=False) is x
 
 
 def test_dropout_acts_in_training_only():
@@ -336,19 +364,13 @@ def test_dropout_acts_in_training_only():
 
 def test_dropout_acts_where_it_does_officially(monkeypatch):
     """On embeddings, positions, attention weights, attention output, twice in the feed-forward layer, the output."""
-    seen = []
-    rows, slots, distances, inner = (24, 1, 32), (8, 1, 32), (48, 1, 32), 20
-    model = XLNet(50, n_layer=2, n_head=4, d_inner=inner)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
-    attention = xlnet.attention_dropout
-    monkeypatch.setattr(
-        xlnet, "attention_dropout", lambda prob, *args: seen.append(tuple(prob.shape)) or attention(prob, *args))
-    call(model, random_window(np.random.default_rng(0)))
-    expected = [rows, slots, distances]  # content, query, positions
-    expected += [(1, 4, 24, 24), rows, (24, 1, inner), rows]  # the first layer's content stream; the last has none
-    expected += [(1, 4, 8, 24), slots, (8, 1, inner), slots] * 2
+    seen, dropout = [], xlnet.dropout
+    monkeypatch.setattr(xlnet, "dropout", lambda x, *args: seen.append(tuple(x.shape)) or dropout(x, *args))
+    rows, slots, distances, inner = (24 + 8, 1, 32), (8, 1, 32), (48, 1, 32), 20  # rows: of both streams
+    call(XLNet(50, n_layer=2, n_head=4, d_inner=inner), random_window(np.random.default_rng(0)))
+    expected = [rows, distances]
+    expected += [(1, 4, 24, 24), (1, 4, 8, 24), rows, (24 + 8, 1, inner), rows]  # attention weights of each stream
+    expected += [(1, 4, 8, 24), slots, (8, 1, inner), slots]  # the last layer has no content stream
     expected += [slots]
     assert sorted(seen) == sorted(expected)
 
@@ -392,6 +414,105 @@ def test_empty_slot_changes_nothing():
 def test_wrong_calls_are_named(flags, call_with, words):
     with pytest.raises(ValueError, match=words):
         XLNet(50, **flags)(torch.zeros(4, 1, dtype=torch.int64), **call_with)
+
+
+# ---------------------------------------------------------------- the order as ranks, bfloat16, compiled, on a GPU
+
+
+def with_ranks(seed, **flags):
+    """Return the same random window twice: with the order as a mask, and as ranks."""
+    masked = random_window(np.random.default_rng(seed), **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "perm_mask", lambda rank, is_target: rank)
+        return masked, random_window(np.random.default_rng(seed), **flags)
+
+
+def loss_and_gradients(model, batch, mems=None):
+    model.zero_grad()
+    loss = lm_loss(call(model, batch, mems)[0], batch["target"], batch["target_mask"])
+    loss.backward()
+    return loss, [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("mlen", [0, 7])
+@pytest.mark.parametrize("reuse_len", [12, 0])
+@pytest.mark.parametrize("form", ["slots", "a slot at every position", "one stream"])
+def test_ranks_mean_what_the_mask_means(mlen, reuse_len, form):
+    """The same logits, memory and gradients, though keys that the first part may not see are left out."""
+    torch.manual_seed(11)
+    model = randomize(XLNet(50, n_layer=3, reuse_len=reuse_len, mem_len=7, dropout=0, dropatt=0))
+    pairs = [with_ranks(seed) for seed in (0, 1)]
+    masked, ranked = ({key: torch.cat([one[key], other[key]], dim=-1) for key in one} for one, other in zip(*pairs))
+    assert masked["perm_mask"].dim() == 3 and ranked["perm_mask"].dim() == 2
+    for batch in masked, ranked:
+        if form != "slots":
+            batch["target_mapping"] = None
+            batch["target"], batch["target_mask"] = batch["inp_k"], batch["inp_q"]
+        if form == "one stream":  # not even a target sees itself in a mask, and the content stream does
+            batch["inp_q"] = None
+    mems = [torch.randn(mlen, 2, 32) for _ in range(3)] if mlen else None
+    for ours, expected in zip(call(model, ranked, mems), call(model, masked, mems)):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(loss_and_gradients(model, ranked, mems)[1], loss_and_gradients(model, masked, mems)[1]):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_target_leaks_to_nobody_before_it_with_ranks_either(seed):
+    """Every position, bit for bit, the keys left out included; half of the windows under bfloat16."""
+    torch.manual_seed(seed)
+    batch, ranked = with_ranks(seed, num_predict=24 if seed % 4 == 0 else 8, perm_size=[1, 3, 12][seed % 3])
+    model = randomize(XLNet(50, n_layer=3, reuse_len=12)).eval()
+    mems = [torch.randn(7, 1, 32) for _ in range(3)] if seed % 2 else None
+
+    def model_with_ranks(**given):
+        with torch.autocast("cpu", torch.bfloat16, enabled=seed % 2 == 0):
+            return model(**dict(given, perm_mask=ranked["perm_mask"]))
+
+    assert_moves_who_sees(model_with_ranks, batch, (batch["inp_q"][:, 0] > 0).nonzero().flatten().tolist(), mems)
+
+
+def test_bfloat16_is_near():
+    """Loss within 1% of float32's, gradients within 5% of their norm: eight bits of mantissa through three layers."""
+    torch.manual_seed(12)
+    model = XLNet(50, n_layer=3, reuse_len=12, dropout=0, dropatt=0)
+    _, batch = with_ranks(0)
+    loss, gradients = loss_and_gradients(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half_loss, half_gradients = loss_and_gradients(model, batch)
+    assert half_loss.item() == pytest.approx(loss.item(), rel=0.01) and half_loss.item() != loss.item()
+    assert half_loss.dtype == torch.float32  # the sum of the costs, and what is printed, is not rounded
+    ours, expected = (torch.cat([g.flatten() for g in grads]) for grads in (half_gradients, gradients))
+    assert (ours - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_is_the_same():
+    """Loss and every gradient, with memory; dropout on the compiled model has its own random numbers."""
+    torch.manual_seed(13)
+    model = XLNet(50, n_layer=2, reuse_len=12, dropout=0, dropatt=0)
+    _, batch = with_ranks(0)
+    mems = [torch.randn(7, 1, 32) for _ in range(2)]
+    expected = loss_and_gradients(model, batch, mems)
+    model.compile(dynamic=False)
+    torch.testing.assert_close(loss_and_gradients(model, batch, mems), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bi_data", [False, True])
+def test_a_gpu_computes_the_same(bi_data):
+    """Loss and every gradient, with memory, both directions."""
+    torch.manual_seed(14)
+    model = XLNet(50, n_layer=3, reuse_len=12, dropout=0, dropatt=0, bi_data=bi_data)
+    pairs = [with_ranks(seed)[1] for seed in (0, 1)]
+    batch = {key: torch.cat([pair[key] for pair in pairs], dim=-1) for key in pairs[0]}
+    mems = [torch.randn(7, 2, 32) for _ in range(3)]
+    loss, gradients = loss_and_gradients(model, batch, mems)
+    ours, ours_gradients = loss_and_gradients(
+        model.cuda(), {key: tensor.cuda() for key, tensor in batch.items()}, [mem.cuda() for mem in mems])
+    assert ours.item() == pytest.approx(loss.item(), rel=1e-4)
+    for one, other in zip(ours_gradients, gradients):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- initial weights
