@@ -77,6 +77,7 @@ def check_permutation(batch, feature, reuse_len, perm_size, num_predict):
     filled = int(is_target.sum())
     assert batch["target_mapping"].tolist() == [*np.flatnonzero(is_target), *[-1] * (num_predict - filled)]
     assert batch["target"][:filled].tolist() == feature["input"][is_target].tolist()
+    assert not batch["target"][filled:].any()
     assert batch["target_mask"].tolist() == [1] * filled + [0] * (num_predict - filled)
     assert batch["inp_q"].tolist() == is_target.tolist()
     assert batch["inp_k"].tolist() == feature["input"].tolist()  # no mask token is ever fed in

@@ -242,6 +242,11 @@ def test_lm_loss_ignores_empty_slots():
     assert main.lm_loss(logits, target, torch.zeros(2, 1)).item() == 0
 
 
+def test_lm_loss_of_bfloat16_logits_is_not_rounded():
+    logits, target, weight = torch.randn(3, 1, 7).bfloat16(), torch.ones(3, 1).long(), torch.ones(3, 1)
+    assert torch.equal(main.lm_loss(logits, target, weight), main.lm_loss(logits.float(), target, weight))
+
+
 def test_defaults_are_the_documented_ones():
     args = arguments()
     assert vars(args) | dict(data=Path(args.data).name) == dict(
