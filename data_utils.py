@@ -361,9 +361,7 @@ def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def create_batch(
-    rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng
-):
+def create_batch(rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng):
     """Return the batch of one window: that window of every row, stacked along a last axis, bsz.
 
     -> dict as of `permute`, of tensors [..., bsz]

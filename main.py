@@ -556,8 +556,8 @@ class Run:
         """
         self.model.eval()
         total, count, mems = 0.0, 0.0, None
-        batches = data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), np.random.default_rng(0))
-        for batch in batches:
+        rng = np.random.default_rng(0)
+        for batch in data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), rng):
             cost, targets, mems = self.forward(self.to_device(batch), mems)
             total += (cost * targets).item()
             count += targets.item()
