@@ -1,7 +1,7 @@
 """The way of the data: text -> ids and sentence boundaries -> windows with masked spans -> permutations.
 
     read_text      file            -> ids of one long stream, and the places where a sentence begins
-    batchify       stream          -> one row for each member of the batch, half of them backwards with bi_data
+    batchify       stream          -> rows in groups of batch_size that take turns, half of them backwards with bi_data
     create_data    row             -> a feature for each window: input, is_masked, seg_id
     permute        feature         -> what the model takes: a fresh factorization order as ranks, and the targets
     create_batch   rows, window    -> the same of all rows, stacked; make_permute gives the order as a mask instead
@@ -139,21 +139,26 @@ def read_text(path, tokenizer, eod_id=None):
     return np.array(ids, dtype=np.int64), np.array(begins[1:], dtype=np.int64)
 
 
-def batchify(ids, cuts, batch_size, bi_data):
-    """Cut the stream into batch_size rows of equal length: the forward ones, then with bi_data the same backwards.
+def batchify(ids, cuts, n_rows, batch_size, bi_data):
+    """Cut the stream into n_rows rows of equal length, in groups of batch_size that are visited in turn.
 
-    -> list of batch_size Rows; a remainder of the text shorter than the number of rows is dropped
-    Source: official batchify and create_tfrecords.
+    With bi_data half of a group are forward rows, the other half the same ones backwards.
+
+    -> list of n_rows / batch_size lists of batch_size Rows; a remainder of the text shorter than the number of rows is
+    dropped
+    Source: official batchify and create_tfrecords, where n_rows is batch_size.
     """
-    count = batch_size // 2 if bi_data else batch_size  # with bi_data each is read in both directions
-    row_len = len(ids) // count
+    n_rows, batch_size = (n_rows // 2, batch_size // 2) if bi_data else (n_rows, batch_size)  # forward ones
+    row_len = len(ids) // n_rows
     rows = []
-    for begin in (b * row_len for b in range(count)):
+    for begin in (b * row_len for b in range(n_rows)):
         inside = cuts[(cuts > begin) & (cuts < begin + row_len)] - begin
         rows.append(Row(ids[begin : begin + row_len], inside, backward=False))
+    groups = [rows[b : b + batch_size] for b in range(0, n_rows, batch_size)]
     if bi_data:
-        rows += [Row(row.ids[::-1], row_len - row.cuts[::-1], backward=True) for row in rows]
-    return rows
+        groups = [group + [Row(row.ids[::-1], row_len - row.cuts[::-1], backward=True) for row in group]
+                  for group in groups]
+    return groups
 
 
 def n_windows(row_len, seq_len, reuse_len):

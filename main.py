@@ -40,6 +40,7 @@ MAY_CHANGE = {  # when a run goes on; text and vocabulary are compared by conten
     "output_dir", "resume", "tensorboard",
 }
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
+MAX_TURNS, TURN_WINDOWS = 16, 32  # default of --rows: at most so many groups, of at least so many windows a row
 METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per_second", "validation_cost")
 
 
@@ -128,8 +129,10 @@ def build_parser():
          "with normal)", **real)
 
     flag = parser.flags("optimizer")
-    flag("batch_size", None, "rows the text is cut into, which advance together (default: 1, or 2 with --bi_data True)",
-         **positive)
+    flag("batch_size", None, "rows of text that advance together (default: 1, or 2 with --bi_data True)", **positive)
+    flag("rows", None, "rows the text is cut into, a multiple of batch_size; batch_size of them take a step in turn, "
+         f"each with its own memory (default: batch_size on a page; on a longer text up to {MAX_TURNS} times that, as "
+         f"long as every row has {TURN_WINDOWS} windows)", **positive)
     flag("learning_rate", 2e-3, "peak of the schedule", **real)
     flag("weight_decay", 0.01, "AdamW's decay, on all weights but biases and LayerNorm, 0 = off", **real)
     flag("adam_epsilon", 1e-8, "AdamW's epsilon", **real)
@@ -196,6 +199,7 @@ def check_flags(args):
     divisors = [n for n in range(1, other_len + 1) if args.reuse_len % n == 0 and other_len % n == 0]
     near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
     largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
+    rows = args.rows or args.batch_size
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     for wrong, message in (
         (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
@@ -210,6 +214,8 @@ def check_flags(args):
          f"try {args.d_model + 1}"),
         (args.bi_data and args.batch_size % 2, f"--batch_size {args.batch_size} is odd, and with --bi_data True half "
          f"of it reads backwards; try {args.batch_size + 1}"),
+        (rows % args.batch_size, f"--rows {rows} is no multiple of --batch_size "
+         f"{args.batch_size}; try {max(1, rows // args.batch_size) * args.batch_size}"),
         (args.min_lr_ratio > 1, f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1"),
         (no_cuda, "--device cuda: PyTorch finds no CUDA device here; give auto or cpu"),
         (args.output_dir and args.n_head * args.d_head != args.d_model, f"--n_head {args.n_head} times --d_head "
@@ -422,8 +428,11 @@ def draw_loss(output_dir):
     figure.savefig(Path(output_dir) / "loss.png", dpi=100)
 
 
-def load_rows(flag, args, tokenizer, vocab):
-    """Return the ids and the rows of the text that a flag names; raise UserError if that fails."""
+def load_rows(flag, n_rows, args, tokenizer, vocab):
+    """Return the ids and the groups of rows of the text that a flag names; raise UserError if that fails.
+
+    n_rows: None = more, the longer the text is, see --rows
+    """
     path = getattr(args, flag)
     try:
         ids, cuts = data_utils.read_text(path, tokenizer, vocab.eod_id)
@@ -431,12 +440,16 @@ def load_rows(flag, args, tokenizer, vocab):
         raise UserError(f"--{flag} {path}: {error.strerror}; give a text file") from None
     except ValueError as error:
         raise UserError(f"--{flag} {path}: {error}") from None
-    rows = data_utils.batchify(ids, cuts, args.batch_size, args.bi_data)
-    if len(rows[0].ids) < args.seq_len:
-        needed = args.seq_len * sum(not row.backward for row in rows)
+    if n_rows is None:
+        windows = len(ids) // (args.reuse_len * args.batch_size)
+        n_rows = args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
+    groups = data_utils.batchify(ids, cuts, n_rows, args.batch_size, args.bi_data)
+    if len(groups[0][0].ids) < args.seq_len:
+        needed = args.seq_len * (n_rows // 2 if args.bi_data else n_rows)
+        smaller = "--rows" if n_rows > args.batch_size else "--batch_size"
         raise UserError(f"--{flag} {path} has {len(ids)} tokens and needs {needed}, a window of --seq_len "
-                        f"{args.seq_len} for each row; give more text, or a smaller --seq_len or --batch_size")
-    return ids, rows
+                        f"{args.seq_len} for each row; give more text, or a smaller --seq_len or {smaller}")
+    return ids, groups
 
 
 class Run:
@@ -450,9 +463,12 @@ class Run:
             self.vocab = data_utils.vocabulary(self.tokenizer)
         except (OSError, ValueError) as error:
             raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
-        self.ids, self.rows = load_rows("data", args, self.tokenizer, self.vocab)
-        self.valid_rows = load_rows("valid", args, self.tokenizer, self.vocab)[1] if args.valid else None
-        self.pass_len = data_utils.n_windows(len(self.rows[0].ids), args.seq_len, args.reuse_len)
+        self.ids, self.groups = load_rows("data", args.rows, args, self.tokenizer, self.vocab)
+        args.rows = len(self.groups) * args.batch_size
+        if args.valid:
+            self.valid_rows = load_rows("valid", args.batch_size, args, self.tokenizer, self.vocab)[1][0]
+        windows = data_utils.n_windows(len(self.groups[0][0].ids), args.seq_len, args.reuse_len)
+        self.pass_len = windows * len(self.groups)
         ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
         self.last = min(ends)  # step of the run
         self.total_updates = self.last // args.grad_accum_steps
@@ -462,7 +478,7 @@ class Run:
 
         # what must not change while a run lasts: the word pieces, and the rows with their sentences
         pieces = "\n".join(self.tokenizer.vocab).encode()
-        text = b"".join(part.tobytes() for row in self.rows for part in (row.ids, row.cuts))
+        text = b"".join(part.tobytes() for group in self.groups for row in group for part in (row.ids, row.cuts))
         self.identity = {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
 
         torch.manual_seed(args.seed)
@@ -483,7 +499,7 @@ class Run:
         groups = parameter_groups(model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
         self.step = 0  # windows trained on, a line printed for each
-        self.mems, self.costs = None, []  # of the pass
+        self.mems, self.costs = [None] * len(self.groups), []  # of the pass
         self.loader, self.coming = ThreadPoolExecutor(max_workers=1), {}  # batches, by step, made ahead of need
         if state:
             self.load_state_dict(state)
@@ -495,7 +511,8 @@ class Run:
                                         if (path := getattr(self.args, name)) and os.path.exists(path)},
             "step": self.step,
             "costs": self.costs,
-            "mems": [mem if mem is None else mem.clone() for mem in self.mems],  # not the larger tensor behind it
+            "mems": [mems and [mem if mem is None else mem.clone() for mem in mems]  # not the larger tensor behind it
+                     for mems in self.mems],
             "optimizer": self.optimizer.state_dict(),
             "gradients": [parameter.grad for parameter in self.model.parameters()],  # of a half done accumulation
             "torch_rng": torch.get_rng_state(),
@@ -508,7 +525,7 @@ class Run:
                 raise UserError(f"--{flag} {getattr(self.args, flag)}: the {what} has changed since the run began; "
                                 f"give the old one, or start anew in another --output_dir")
         self.step, self.costs = state["step"], state["costs"]
-        self.mems = [mem if mem is None else mem.to(self.device) for mem in state["mems"]]
+        self.mems = [mems and [mem if mem is None else mem.to(self.device) for mem in mems] for mems in state["mems"]]
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, gradient in zip(self.model.parameters(), state["gradients"]):
             parameter.grad = gradient if gradient is None else gradient.to(self.device)
@@ -524,8 +541,8 @@ class Run:
     def load_batch(self, step):
         """Return the batch of a step, which depends on nothing but the text, the seed and the step."""
         rng = np.random.default_rng([self.args.seed, step])
-        return self.to_device(
-            data_utils.create_batch(self.rows, step % self.pass_len, self.vocab, *self.sizes(), rng))
+        window, turn = divmod(step % self.pass_len, len(self.groups))
+        return self.to_device(data_utils.create_batch(self.groups[turn], window, self.vocab, *self.sizes(), rng))
 
     def to_device(self, batch):
         if self.device.type == "cpu":
@@ -533,9 +550,9 @@ class Run:
         return {key: tensor.pin_memory().to(self.device, non_blocking=True) for key, tensor in batch.items()}
 
     def next_batch(self):
-        """Return the batch of the next window; a new pass begins the text again, with nothing before it."""
+        """Return the batch of the next step; a new pass begins every row again, with nothing before it."""
         if self.step % self.pass_len == 0:
-            self.mems = None
+            self.mems = [None] * len(self.groups)
         for step in (self.step, self.step + 1):  # the model computes while the one after is made
             if step not in self.coming:
                 self.coming[step] = self.loader.submit(self.load_batch, step)
@@ -548,16 +565,16 @@ class Run:
             logits, mems = self.model(**batch, mems=mems)
         return lm_loss(logits, target, target_mask), target_mask.sum(), mems
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Return the mean cost of all targets in the held-out text, in nats, with dropout off and memory carried.
+    def valid_batches(self):
+        """Return the held-out batches: the generator, and so every target, is the same each time and for any model."""
+        return data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), np.random.default_rng(0))
 
-        The generator is the same every time: two evaluations, of this model or another, have the same targets.
-        """
+    @torch.no_grad()
+    def evaluate(self, batches):
+        """Return the mean cost of all targets of successive batches, in nats, with dropout off and memory carried."""
         self.model.eval()
         total, count, mems = 0.0, 0.0, None
-        rng = np.random.default_rng(0)
-        for batch in data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), rng):
+        for batch in batches:
             cost, targets, mems = self.forward(self.to_device(batch), mems)
             total += (cost * targets).item()
             count += targets.item()
@@ -580,8 +597,9 @@ class Run:
 
         Nothing here waits for the device.
         """
-        begin = time.perf_counter()
-        loss, _, self.mems = self.forward(self.next_batch(), self.mems)
+        begin, turn = time.perf_counter(), self.step % len(self.groups)
+        batch = self.next_batch()
+        loss, _, self.mems[turn] = self.forward(batch, self.mems[turn])
         (loss / self.args.grad_accum_steps).backward()
         metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": Later(loss)}
         if (self.step + 1) % self.args.grad_accum_steps == 0:
@@ -666,7 +684,7 @@ def train(run, args):
         while run.step < run.last:
             waiting.append(run.train_step())
             if args.valid and due(args.eval_steps):
-                waiting[-1]["validation_cost"] = run.evaluate()
+                waiting[-1]["validation_cost"] = run.evaluate(run.valid_batches())
             report(behind=run.device.type == "cuda")  # a GPU works on a step while the one before is reported
             stopped = stop[:]  # a signal that comes from here on waits for the next step
             save = args.output_dir and (due(args.save_steps) or stopped)

@@ -26,10 +26,10 @@ def benchmark():
     run = main.Run(main.settle({"device": "cpu"}))
     seq_len, reuse_len, perm_size, num_predict, *mask = run.sizes()
     rng = np.random.default_rng(0)
-    features = list(data_utils.create_data(run.rows[0], run.vocab, seq_len, reuse_len, num_predict, *mask, rng))
+    features = list(data_utils.create_data(run.groups[0][0], run.vocab, seq_len, reuse_len, num_predict, *mask, rng))
     parts = {
         "segments and spans (`create_feature`)": lambda window: data_utils.create_feature(
-            run.rows[0], window, run.vocab, seq_len, reuse_len, num_predict, *mask, rng),
+            run.groups[0][0], window, run.vocab, seq_len, reuse_len, num_predict, *mask, rng),
         "order and targets (`permute`)": lambda window: data_utils.permute(
             features[window], reuse_len, perm_size, num_predict, rng),
         "both, stacked and seeded (`Run.load_batch`)": run.load_batch,

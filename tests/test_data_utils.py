@@ -279,11 +279,11 @@ def test_spans_begin_at_words_and_end_where_their_length_says():
 def test_batchify_cuts_like_the_official_code():
     """Contiguous rows of equal length, then with bi_data the same ones reversed, sentences and all."""
     ids, cuts = np.arange(20, 33), np.array([2, 4, 6, 9])
-    plain = data_utils.batchify(ids, cuts, batch_size=2, bi_data=False)
+    [plain] = data_utils.batchify(ids, cuts, n_rows=2, batch_size=2, bi_data=False)
     assert [row.ids.tolist() for row in plain] == [list(range(20, 26)), list(range(26, 32))]
     assert [row.cuts.tolist() for row in plain] == [[2, 4], [3]] and not any(row.backward for row in plain)
 
-    both = data_utils.batchify(ids, cuts, batch_size=4, bi_data=True)
+    [both] = data_utils.batchify(ids, cuts, n_rows=4, batch_size=4, bi_data=True)
     assert [row.ids.tolist() for row in both[:2]] == [row.ids.tolist() for row in plain]
     assert [row.ids.tolist() for row in both[2:]] == [row.ids[::-1].tolist() for row in plain]
     assert [row.backward for row in both] == [False, False, True, True]
@@ -293,11 +293,24 @@ def test_batchify_cuts_like_the_official_code():
         assert [s.tolist() for s in backwards] == [s[::-1].tolist() for s in sentences[::-1]]
 
 
+@pytest.mark.parametrize("bi_data", [False, True])
+def test_groups_of_rows_that_take_turns(bi_data):
+    """Group after group, the forward rows are the text in its order; with bi_data each has its backward twin."""
+    ids, cuts = np.arange(100), np.arange(3, 100, 7)
+    groups = data_utils.batchify(ids, cuts, n_rows=12, batch_size=4, bi_data=bi_data)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    forward = [row for group in groups for row in (group[:2] if bi_data else group)]
+    assert np.concatenate([row.ids for row in forward]).tolist() == list(range(96))
+    for group in groups if bi_data else ():
+        assert [row.backward for row in group] == [False, False, True, True]
+        assert all(row.ids.tolist() == twin.ids[::-1].tolist() for row, twin in zip(group[:2], group[2:]))
+
+
 def test_batches_stack_rows_and_are_made_lazily():
     """Member b of a batch is the next window of row b; drawing one batch reads only that."""
     rng = np.random.default_rng(4)
     row, vocab = make_row(rng, 10_000_000)
-    rows = data_utils.batchify(row.ids, row.cuts, batch_size=4, bi_data=True)
+    [rows] = data_utils.batchify(row.ids, row.cuts, n_rows=4, batch_size=4, bi_data=True)
     batches = data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, rng)
     for window in range(2):
         batch = next(batches)
@@ -305,7 +318,7 @@ def test_batches_stack_rows_and_are_made_lazily():
         for b in range(4):
             part = rows[b].ids[16 * window : 16 * window + 16]
             assert torch.equal(batch["inp_k"][:16, b], torch.from_numpy(part.copy()))
-    short = data_utils.batchify(row.ids[:200], row.cuts[row.cuts < 200], batch_size=4, bi_data=True)
+    [short] = data_utils.batchify(row.ids[:200], row.cuts[row.cuts < 200], 4, 4, bi_data=True)
     assert len(list(data_utils.create_batches(short, vocab, 32, 16, 8, 6, 6, 1, rng))) == (100 - 32) // 16 + 1
 
 

@@ -80,7 +80,7 @@ def test_it_leaves_the_plateau(capsys):
 
 def test_lines_count_passes_and_windows(capsys):
     """A line a window: passes from 1, windows from 1 in each; --num_epoch is --num_step."""
-    metrics, first, costs = run(capsys, "--num_epoch", "2")
+    metrics, first, costs = run(capsys, "--num_epoch", "2", "--rows", "1")
     per_pass = int(re.search(r"(\d+) windows a pass", first).group(1))
     assert per_pass == (4015 - 64) // 32 + 1
     assert [cost[:2] for cost in costs] == [(e, s) for e in (1, 2) for s in range(1, per_pass + 1)]
@@ -93,9 +93,9 @@ def test_train_steps_counts_updates(capsys):
     """--train_steps alone goes on over as many passes as it takes; with --num_step the earlier end holds."""
     metrics, _, costs = run(capsys, "--train_steps", "3", "--grad_accum_steps", "2")
     assert metrics["updates"] == 3 and metrics["step"] == len(costs) == 6
-    metrics, _, costs = run(capsys, "--train_steps", "130")
+    metrics, _, costs = run(capsys, "--train_steps", "130", "--rows", "1")
     assert costs[-1][:2] == (2, 130 - 124) and metrics["pass"] == 2
-    metrics, _, costs = run(capsys, "--train_steps", "999", "--num_step", "1")
+    metrics, _, costs = run(capsys, "--train_steps", "999", "--num_step", "1", "--rows", "1")
     assert len(costs) == metrics["step"] == 124
 
 
@@ -123,8 +123,9 @@ def test_accumulation_is_the_mean_of_windows(capsys, monkeypatch):
     assert gradients[3].norm() == pytest.approx(0.001, rel=1e-3)
 
 
-def test_memory_is_carried_and_reset_each_pass(capsys, monkeypatch):
-    """The model gets no memory at the first window of a pass, and what it returned at every other."""
+@pytest.mark.parametrize("rows, per_pass", [(1, 124), (3, 3 * 40)])
+def test_memory_is_carried_and_reset_each_pass(capsys, monkeypatch, rows, per_pass):
+    """A row has no memory at its first window of a pass, and at every other what its last turn returned."""
     given, returned = [], []
     forward = XLNet.forward
 
@@ -135,9 +136,25 @@ def test_memory_is_carried_and_reset_each_pass(capsys, monkeypatch):
         return logits, new_mems
 
     monkeypatch.setattr(XLNet, "forward", spy)
-    run(capsys, "--train_steps", "126")
-    assert [mems is None for mems in given] == [window in (0, 124) for window in range(126)]
-    assert all(given[i] is returned[i - 1] for i in range(1, 126) if i != 124)
+    run(capsys, "--train_steps", "126", "--rows", str(rows))
+    first = [step for step in range(126) if step % per_pass < rows]
+    assert [step for step in range(126) if given[step] is None] == first
+    assert all(given[step] is returned[step - rows] for step in range(126) if step not in first)
+
+
+def test_rows_take_turns():
+    """Each step has the next window of the next row; a long text is cut into more rows, a page is not."""
+    run = main.Run(arguments(*SMALL, "--rows", "3"))
+    row_len = len(run.ids) // 3
+    for step in range(12):
+        row, window = step % 3, step // 3
+        begin = row * row_len + 32 * window
+        assert run.load_batch(step)["inp_k"][:32, 0].tolist() == run.ids[begin : begin + 32].tolist()
+    assert main.Run(arguments()).args.rows == 1
+    assert main.Run(arguments(*SMALL)).args.rows == 3  # 125 windows, 32 and more in each
+    assert main.Run(arguments(*SMALL, "--batch_size", "2")).args.rows == 2
+    tiny = "--seq_len 16 --reuse_len 4 --perm_size 4 --num_predict 2".split()
+    assert main.Run(arguments(*tiny)).args.rows == 16
 
 
 def test_a_batch_depends_on_text_seed_and_step_alone(capsys):
@@ -253,8 +270,8 @@ def test_defaults_are_the_documented_ones():
         data="data.txt", tokenizer="bert-base-uncased", seq_len=512, reuse_len=256, perm_size=256, bi_data=False,
         mask_alpha=6, mask_beta=1, num_predict=85, mem_len=384, num_step=100, train_steps=None, n_layer=6, n_head=4,
         d_head=8, d_model=32, d_inner=32, dropout=0.1, dropatt=0.1, ff_activation="relu", attn_type="bi", clamp_len=-1,
-        same_length=False, init="local", init_std=None, batch_size=1, weight_decay=0.01, adam_epsilon=1e-8, seed=0,
-        device="auto", learning_rate=2e-3, warmup_steps=0, decay_method="constant", min_lr_ratio=0.0, clip=0.25,
+        same_length=False, init="local", init_std=None, batch_size=1, rows=None, weight_decay=0.01, adam_epsilon=1e-8,
+        seed=0, device="auto", learning_rate=2e-3, warmup_steps=0, decay_method="constant", min_lr_ratio=0.0, clip=0.25,
         grad_accum_steps=1, output_dir=None, save_steps=None, save_total_limit=3, resume=None, init_checkpoint=None,
         valid=None, eval_steps=None, tensorboard=None, bf16=None, compile=None)
     assert arguments("--bi_data", "True").batch_size == 2
@@ -295,6 +312,10 @@ def files(tmp_path_factory):
     ("--reuse_len 480 --perm_size 32 --num_predict 66", ["--num_predict 66", "at most 65"]),
     ("--mask_alpha 2 --mask_beta 3", ["--mask_beta 3", "--mask_alpha 2"]),
     ("--batch_size 3 --bi_data True", ["--batch_size 3", "try 4"]),
+    ("--rows 5 --batch_size 2", ["--rows 5", "--batch_size 2", "try 4"]),
+    ("--rows 1 --bi_data True", ["--rows 1", "--batch_size 2", "try 2"]),
+    ("--rows 8", ["data.txt", "4015 tokens and needs 4096", "smaller --seq_len or --rows"]),
+    ("--rows 16 --bi_data True", ["needs 4096", "smaller --seq_len or --rows"]),
     ("--d_model 33", ["--d_model 33", "try 34"]),
     ("--mem_len -1", ["--mem_len", "-1", "at least 0"]),
     ("--dropout 1", ["--dropout", "1", "below 1"]),
@@ -307,7 +328,7 @@ def files(tmp_path_factory):
     ("--init zeros", ["--init", "zeros", "local"]),
     *((f"--{name} {value}", [f"--{name}", value, "at least"]) for value in ("0", "-3") for name in (
         "seq_len reuse_len perm_size mask_alpha mask_beta num_predict num_step n_layer n_head d_head d_model d_inner "
-        "batch_size train_steps grad_accum_steps").split()),
+        "batch_size rows train_steps grad_accum_steps").split()),
 ])
 def test_a_mistake_gets_one_line(capsys, files, flags, words):
     """Exit status 2, nothing on stdout, and one line that names the flag, the value and the remedy."""
