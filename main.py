@@ -117,7 +117,7 @@ def build_parser():
     flag("d_head", 8, "width of a head", **positive)
     flag("d_model", 32, "width of the model, even", **number(int, 2))
     flag("d_inner", 32, "width inside the feed-forward layer", **positive)
-    flag("dropout", 0.0, "dropout of hidden states and positions, 0 = off", **rate)
+    flag("dropout", 0.0, "dropout of hidden states and positions, 0 = off: small models underfit first", **rate)
     flag("dropatt", 0.0, "dropout of attention weights, 0 = off", **rate)
     flag("ff_activation", "relu", "gelu_new: the tanh form, the official code's gelu", choices=xlnet.ACTIVATIONS)
     flag("attn_type", "bi", "bi: XLNet; uni: tokens see only what is to their left", choices=("bi", "uni"))

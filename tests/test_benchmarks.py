@@ -70,16 +70,16 @@ def test_judging_changes_nothing(name):
 def test_transformers_weights_are_the_ones_judged():
     """By our model, which must hold them, and judge them as the model that was trained."""
     run = make("transformers")
-    [batch] = learning.judged_batches(run)[:1]
-    judged = run.judge([batch])
+    batches = learning.judged_batches(run)[:2]
+    judged = run.judge(batches)
     assert all(torch.equal(weight, run.ours.state_dict()[name.removeprefix("transformer.")])
                for name, weight in run.model.state_dict().items())
     assert isinstance(run.ours, xlnet.XLNet) and not isinstance(run.model, xlnet.XLNet)
     run.model = run.ours
     mask_id = run.tokenizer.vocab["[MASK]"]
-    seen = {key: value for key, value in batch.items() if key != "seg_id"}
-    corrupted = seen | {"inp_k": torch.where(seen["inp_q"] > 0, mask_id, seen["inp_k"])}
-    assert judged == min(run.evaluate([dict(seen)]), run.evaluate([dict(corrupted)]))
+    seen = [{key: value for key, value in batch.items() if key != "seg_id"} for batch in batches]
+    corrupted = [batch | {"inp_k": torch.where(batch["inp_q"] > 0, mask_id, batch["inp_k"])} for batch in seen]
+    assert judged == min(run.evaluate(map(dict, seen)), run.evaluate(map(dict, corrupted)))
 
 
 def test_one_segment_is_contiguous_text():
@@ -96,7 +96,7 @@ def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, monkeypatch, ca
     make_runs = learning.make_runs
     monkeypatch.setattr(
         learning, "make_runs", lambda options, tasks: made.append(len(tasks)) or make_runs(options, tasks))
-    command = ["learning.py", "--updates", "10", "--data", DATA, "--valid", DATA, "--variants", "default", "mem_len 0",
+    command = ["learning.py", "--updates", "2", "--data", DATA, "--valid", DATA, "--variants", "default", "mem_len 0",
                "--csv", str(tmp_path / "t.csv"), "--png", str(tmp_path / "t.png"), "--seeds"]
     for seeds in (["0"], ["0", "1"], []):
         monkeypatch.setattr(sys, "argv", [*command, *seeds])
@@ -104,7 +104,7 @@ def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, monkeypatch, ca
     assert made == [2, 2, 0] and (tmp_path / "t.png").stat().st_size > 10_000
     rows = learning.read(tmp_path / "t.csv")
     assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in ("default", "mem_len 0") for s in "01"}
-    assert [int(row["updates"]) for row in rows[:10]] == list(range(1, 11))
+    assert [int(row["updates"]) for row in rows] == [1, 2] * 4
     last = capsys.readouterr().out.splitlines()[-1]
-    ends = [float(row["held_out_cost"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "10"]
-    assert last.startswith("| mem_len 0 | 2 | 10 |") and f"| {np.mean(ends):.3f} |" in last
+    ends = [float(row["held_out_cost"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "2"]
+    assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last
