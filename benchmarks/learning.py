@@ -39,7 +39,7 @@ import data_utils
 import main
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPES = {"32": {}, "256": dict(d_model=256, n_head=4, d_head=64, d_inner=1024)}
+SHAPES = {"32": {}, "256": dict(d_model=256, d_head=64, d_inner=1024, learning_rate=5e-4)}
 COLUMNS = ("text", "shape", "budget", "variant", "seed", "updates", "seconds", "training_cost", "held_out_cost",
            "machine")
 POINTS = 10  # of a curve
