@@ -39,7 +39,7 @@ import data_utils
 import main
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPES = {"32": {}, "256": dict(d_model=256, d_head=64, d_inner=1024, learning_rate=5e-4)}
+SHAPES = {"32": {}, "256": dict(d_model=256, d_head=64, d_inner=1024, learning_rate=2.5e-4)}
 COLUMNS = ("text", "shape", "budget", "variant", "seed", "updates", "seconds", "training_cost", "held_out_cost",
            "machine")
 POINTS = 10  # of a curve
@@ -147,17 +147,13 @@ class Transformers(Collated):
         return cost
 
 
-CLIP = {"clip": 1.0}  # run_plm.py's
-NONE = {"mem_len": 0, "rows": 1}  # chunks come in their own order, and without a past
+CHUNKS = {"mem_len": 0, "rows": 1}  # in their own order, and without a past
+PEER = CHUNKS | {"init": "normal", "clip": 1.0}  # as run_plm.py has it
 VARIANTS = {  # name: class, flags
     "default": (Variant, {}),
     "init normal": (Variant, {"init": "normal"}),
     "init_std 0.04": (Variant, {"init_std": 0.04}),
     "init_std 0.2": (Variant, {"init_std": 0.2}),
-    "learning_rate 5e-4": (Variant, {"learning_rate": 5e-4}),
-    "learning_rate 1e-3": (Variant, {"learning_rate": 1e-3}),
-    "learning_rate 2e-3": (Variant, {"learning_rate": 2e-3}),
-    "learning_rate 8e-3": (Variant, {"learning_rate": 8e-3}),
     "warmup_steps 200": (Variant, {"warmup_steps": 200}),
     "decay_method cos": (Variant, {"decay_method": "cos"}),
     "clip 1": (Variant, {"clip": 1.0}),
@@ -172,11 +168,12 @@ VARIANTS = {  # name: class, flags
     "rows 4": (Variant, {"rows": 4}),
     "rows 16": (Variant, {"rows": 16}),
     "rows 64": (Variant, {"rows": 64}),
-    "collator": (Collated, NONE),
-    "transformers 5e-4": (Transformers, NONE | CLIP | {"init": "normal", "learning_rate": 5e-4}),
-    "transformers": (Transformers, NONE | CLIP | {"init": "normal"}),
-    "transformers 2e-3": (Transformers, NONE | CLIP | {"init": "normal", "learning_rate": 2e-3}),
+    "collator": (Collated, CHUNKS),
+    "transformers": (Transformers, PEER),
 }
+for rate in ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"):
+    VARIANTS[f"learning_rate {rate}"] = Variant, {"learning_rate": float(rate)}
+    VARIANTS[f"transformers {rate}"] = Transformers, PEER | {"learning_rate": float(rate)}
 
 
 def judged_batches(run):
