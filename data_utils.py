@@ -252,6 +252,13 @@ def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, revers
     return mask[::-1] if reverse else mask
 
 
+def mask_window(parts, vocab, num_predict, mask_alpha, mask_beta, rng, reverse=False):
+    """Return `sample_mask` of both parts of a window, [seq_len] bool: the first has the larger half of num_predict."""
+    goals = (num_predict - num_predict // 2, num_predict // 2)
+    return np.concatenate([sample_mask(vocab.word_start[part], mask_alpha, mask_beta, goal, rng, reverse)
+                           for part, goal in zip(parts, goals)])
+
+
 def create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng):
     """Return the feature of one window of a row.
 
@@ -269,14 +276,9 @@ def create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alp
     inp = row.ids[begin : begin + reuse_len]
     a, b = split_a_and_b(row, begin_idx=begin + reuse_len, tot_len=seq_len - reuse_len - 3, rng=rng)
     rest = np.concatenate([a, [vocab.sep_id], b, [vocab.sep_id, vocab.cls_id]])
-    goals = (num_predict - num_predict // 2, num_predict // 2)
-    is_masked = [
-        sample_mask(vocab.word_start[part], mask_alpha, mask_beta, goal, rng, reverse=row.backward)
-        for part, goal in zip((inp, rest), goals)
-    ]
     return {
         "input": np.concatenate([inp, rest]),
-        "is_masked": np.concatenate(is_masked),
+        "is_masked": mask_window((inp, rest), vocab, num_predict, mask_alpha, mask_beta, rng, reverse=row.backward),
         "seg_id": np.repeat([0, 1, 2], [reuse_len + len(a) + 1, len(b) + 1, 1]),
     }
 

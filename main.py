@@ -452,6 +452,11 @@ def load_rows(flag, n_rows, args, tokenizer, vocab):
     return ids, groups
 
 
+def sizes(args):
+    """Return what data_utils must know of the flags, in its order."""
+    return args.seq_len, args.reuse_len, args.perm_size, args.num_predict, args.mask_alpha, args.mask_beta
+
+
 class Run:
     """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit."""
 
@@ -533,16 +538,11 @@ class Run:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
-    def sizes(self):
-        """Return what data_utils must know of the flags, in its order."""
-        args = self.args
-        return (args.seq_len, args.reuse_len, args.perm_size, args.num_predict, args.mask_alpha, args.mask_beta)
-
     def load_batch(self, step):
         """Return the batch of a step, which depends on nothing but the text, the seed and the step."""
         rng = np.random.default_rng([self.args.seed, step])
         window, turn = divmod(step % self.pass_len, len(self.groups))
-        return self.to_device(data_utils.create_batch(self.groups[turn], window, self.vocab, *self.sizes(), rng))
+        return self.to_device(data_utils.create_batch(self.groups[turn], window, self.vocab, *sizes(self.args), rng))
 
     def to_device(self, batch):
         if self.device.type == "cpu":
@@ -567,7 +567,7 @@ class Run:
 
     def valid_batches(self):
         """Return the held-out batches: the generator, and so every target, is the same each time and for any model."""
-        return data_utils.create_batches(self.valid_rows, self.vocab, *self.sizes(), np.random.default_rng(0))
+        return data_utils.create_batches(self.valid_rows, self.vocab, *sizes(self.args), np.random.default_rng(0))
 
     @torch.no_grad()
     def evaluate(self, batches):

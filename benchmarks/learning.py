@@ -62,15 +62,13 @@ class OneSegment(Variant):
     def load_batch(self, step):
         args, rng = self.args, np.random.default_rng([self.args.seed, step])
         window, turn = divmod(step % self.pass_len, len(self.groups))
-        [row], begin = self.groups[turn], window * self.args.reuse_len
+        [row], begin = self.groups[turn], window * args.reuse_len
         marks = [self.vocab.sep_id, self.vocab.cls_id]
         ids = np.concatenate([row.ids[begin : begin + args.seq_len - 2], marks])
-        goals = (args.num_predict - args.num_predict // 2, args.num_predict // 2)
         feature = {
             "input": ids,
-            "is_masked": np.concatenate([
-                data_utils.sample_mask(self.vocab.word_start[part], args.mask_alpha, args.mask_beta, goal, rng)
-                for part, goal in zip(np.split(ids, [args.reuse_len]), goals)]),
+            "is_masked": data_utils.mask_window(np.split(ids, [args.reuse_len]), self.vocab, args.num_predict,
+                                                args.mask_alpha, args.mask_beta, rng),
             "seg_id": np.repeat([0, 2], [args.seq_len - 1, 1]),
         }
         arrays = data_utils.permute(feature, args.reuse_len, args.perm_size, args.num_predict, rng)
@@ -176,13 +174,12 @@ for rate in ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"):
     VARIANTS[f"transformers {rate}"] = Transformers, PEER | {"learning_rate": float(rate)}
 
 
-def judged_batches(run):
-    """Return the held-out windows as --valid has them at default flags, in one row."""
-    flags = main.settle({})
-    [rows] = data_utils.batchify(*data_utils.read_text(run.args.valid, run.tokenizer, run.vocab.eod_id), 1, 1, False)
-    sizes = (flags.seq_len, flags.reuse_len, flags.perm_size, flags.num_predict, flags.mask_alpha, flags.mask_beta)
-    return [run.to_device(batch)
-            for batch in data_utils.create_batches(rows, run.vocab, *sizes, np.random.default_rng(0))]
+def judged_batches(run, path):
+    """Return the windows of a held-out text as --valid has them at default flags, in one row."""
+    flags = main.settle({"valid": path})
+    _, [rows] = main.load_rows("valid", 1, flags, run.tokenizer, run.vocab)
+    batches = data_utils.create_batches(rows, run.vocab, *main.sizes(flags), np.random.default_rng(0))
+    return [run.to_device(batch) for batch in batches]
 
 
 def train(task):
@@ -190,9 +187,9 @@ def train(task):
     options, name, seed = task
     kind, flags = VARIANTS[name]
     run = kind(main.settle({
-        "data": options.data, "valid": options.valid, "seed": seed, "train_steps": options.updates or 10**9,
-        "bf16": options.bf16 or None, **SHAPES[options.shape], **flags}))
-    batches = judged_batches(run)
+        "data": options.data, "seed": seed, "train_steps": options.updates or 10**9, "bf16": options.bf16 or None,
+        **SHAPES[options.shape], **flags}))
+    batches = judged_batches(run, options.valid)
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     rows, costs, seconds, done = [], [], 0.0, 0.0
     while done < 1:

@@ -50,7 +50,7 @@ def load_batches(args, device):
     batches = []
     for window in range(min(8, run.pass_len)):
         batch = data_utils.create_batch(
-            run.groups[0] * args.batch_size, window, run.vocab, *run.sizes(), np.random.default_rng(window))
+            run.groups[0] * args.batch_size, window, run.vocab, *main.sizes(run.args), np.random.default_rng(window))
         batches.append({key: tensor.to(device) for key, tensor in batch.items()})
     return run.vocab.size, batches
 
