@@ -76,23 +76,28 @@ def classify(model, untrained, tokenizer):
 
 
 @torch.no_grad()
+def guess(model, ids, blank):
+    """Return the five likeliest ids for one place of a window, which nobody sees, and their probabilities."""
+    inp = torch.from_numpy(ids)[:, None]
+    perm_mask = torch.zeros(len(inp), len(inp), 1)
+    perm_mask[:, blank] = 1
+    is_blank = (torch.arange(len(inp)) == blank).float()[:, None]
+    logits, _ = model(inp, perm_mask=perm_mask, target_mapping=torch.tensor([[blank]]), inp_q=is_blank)
+    probability, best = logits.flatten().softmax(dim=0).topk(5)
+    return best.tolist(), probability.tolist()
+
+
 def fill_blanks(model, tokenizer, vocab, path, count=10, before=96, after=32):
-    """Print guesses of the query stream for tokens of held-out text that nobody sees."""
+    """Print guesses of the query stream for whole words of held-out text."""
     ids, _ = data_utils.read_text(path, tokenizer, vocab.eod_id)
     pieces = {i: piece for piece, i in tokenizer.vocab.items()}
     words = [i for i in range(before, len(ids) - after) if pieces[ids[i]].isalpha() and vocab.word_start[ids[i + 1]]]
     print("\n| held-out text | it was | the five likeliest |\n|---|---|---|")
     for at in np.sort(np.random.default_rng(0).choice(words, count, replace=False)):
-        inp = torch.from_numpy(ids[at - before : at + after])[:, None]
-        perm_mask = torch.zeros(len(inp), len(inp), 1)
-        perm_mask[:, before] = 1
-        blank = torch.zeros(len(inp), 1)
-        blank[before] = 1
-        logits, _ = model(inp, perm_mask=perm_mask, target_mapping=torch.tensor([[before]]), inp_q=blank)
-        share, best = logits.flatten().softmax(dim=0).topk(5)
         around = ids[at - 8 : at], ids[at + 1 : at + 7]
         text = [" ".join(pieces[i] for i in part).replace(" ##", "") for part in around]
-        guesses = ", ".join(f"{pieces[int(i)]} {p:.2f}" for p, i in zip(share, best))
+        best = zip(*guess(model, ids[at - before : at + after], before))
+        guesses = ", ".join(f"{pieces[i]} {probability:.2f}" for i, probability in best)
         print(f"| {text[0]} \\_\\_ {text[1]} | {pieces[ids[at]]} | {guesses} |")
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import data_utils
 import main
 import xlnet
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
+import probe
 
 DATA = str(Path(main.__file__).parent / "data.txt")
 
@@ -107,3 +109,40 @@ def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, monkeypatch, ca
     last = capsys.readouterr().out.splitlines()[-1]
     ends = [float(row["held_out_cost"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "2"]
     assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last
+
+
+def test_a_guess_depends_on_all_of_the_window_but_the_blank():
+    torch.manual_seed(0)
+    model = xlnet.XLNet(n_token=50, n_layer=3, n_head=2, d_head=4, d_inner=8, d_model=8, dropout=0.0, dropatt=0.0)
+    ids = np.random.default_rng(0).integers(50, size=12)
+    before = probe.guess(model.eval(), ids, 5)
+    for place in range(12):
+        changed = ids.copy()
+        changed[place] = (ids[place] + 1) % 50
+        assert (probe.guess(model, changed, 5)[1] == before[1]) == (place == 5)
+    best, probability = before
+    assert len(set(best)) == 5 and probability == sorted(probability, reverse=True) and 0 < sum(probability) < 1
+
+
+def test_passages_are_classified_on_documents_that_were_not_trained_on(monkeypatch, capsys):
+    """Words that tell the half century: counts are always right. Words that tell the document only: never better."""
+    words = ["red", "green", "blue", "white"]
+    century = {f"{1800 + 50 * (n % 4)}-{n}": [f"{words[n % 4]} " * 200] for n in range(32)}
+    tokenizer = data_utils.load_tokenizer("bert-base-uncased")
+    monkeypatch.setattr(probe.corpus, "documents", lambda: century)
+    ids, label, document = probe.passages(tokenizer)
+    assert ids.shape == (32 * 3, 64) and label.tolist() == [n % 4 for n in range(32) for _ in range(3)]
+    assert document.tolist() == [n for n in range(32) for _ in range(3)]
+
+    model = main.Run(main.settle({"n_layer": 1, "device": "cpu"})).model.eval()
+    probe.classify(model, model, tokenizer)
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [float(accuracy) for accuracy in rows[-1]] == [1.0] * 3
+    assert rows[1] == rows[2]  # the same model twice
+
+    names = [piece for piece in tokenizer.vocab if piece.isalpha() and len(piece) == 6][:32]
+    monkeypatch.setattr(probe.corpus, "documents", lambda: {
+        name: [f"{word} " * 200] for word, name in zip(names, century)})
+    probe.classify(model, model, tokenizer)
+    last = capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]
+    assert max(map(float, last)) < 0.7
