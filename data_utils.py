@@ -1,6 +1,6 @@
 """The way of the data: text -> ids and sentence boundaries -> windows with masked spans -> permutations.
 
-    read_text      file            -> ids of one long stream, and the places where a sentence begins
+    read_text      files           -> ids of one long stream, and the places where a sentence begins, from a cache
     batchify       stream          -> rows in groups of batch_size that take turns, half of them backwards with bi_data
     create_data    row             -> a feature for each window: input, is_masked, seg_id
     permute        feature         -> what the model takes: a fresh factorization order as ranks, and the targets
@@ -12,14 +12,23 @@ comes out as "the target of a position is the token there", the second is never 
 All randomness is drawn from the numpy Generator passed in.
 """
 
+import bisect
+import codecs
+import contextlib
+import functools
+import hashlib
 import json
+import os
 import shutil
 import string
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+import joblib
 import numpy as np
 import torch
+from filelock import FileLock
 from pytorch_pretrained_bert import BertTokenizer
 from tqdm import tqdm
 
@@ -31,6 +40,8 @@ TOKENIZERS = {  # the large models were published with the vocabulary of the bas
     "bert-large-cased": "bert-base-cased.txt",
 }
 MAX_GRAM = 5  # longest span, in word pieces
+CHUNK = 2**20  # bytes of text that are tokenized together
+WORDS = 2**16  # whose ids are remembered while a text is tokenized
 
 
 class Vocabulary(NamedTuple):
@@ -42,14 +53,33 @@ class Vocabulary(NamedTuple):
     pad_id: Optional[int]  # None: the vocabulary has no such piece, and the next
     eod_id: Optional[int]  # ends a document
     word_start: np.ndarray  # [size] bool, by id: the piece begins a word
+    digest: str  # sha256 of the pieces
+
+
+class Text(NamedTuple):
+    """A tokenized text in the cache: arrays mapped from the disk, of which memory holds what is looked at."""
+
+    ids: np.ndarray  # [n_tokens] uint16, or int32 where the vocabulary needs it
+    cuts: np.ndarray  # [n_sentences - 1] int64, ascending: where every sentence but the first begins
+    counts: np.ndarray  # [size of the vocabulary] int64: how often each id occurs
+    digest: str  # sha256 of ids and of cuts
 
 
 class Row(NamedTuple):
-    """A contiguous part of the text, read in one direction."""
+    """A contiguous part of a text, read in one direction: views of its arrays."""
 
-    ids: np.ndarray  # [row_len] int64
-    cuts: np.ndarray  # [n_cuts] int64, ascending, without 0: positions at which a sentence begins
+    ids: np.ndarray  # [row_len] int
+    cuts: np.ndarray  # [n_cuts] int64, in the row's direction: where a sentence begins, counted as in the text
     backward: bool
+    origin: int = 0  # where the row begins, counted so
+
+    def cut(self, i):
+        """Return the position in the row at which a sentence begins; 0 < cut(0) < cut(1) < ... < row_len."""
+        return abs(int(self.cuts[i]) - self.origin)
+
+    def find_cut(self, position):
+        """Return the index of the first cut at a position or after it, len(cuts) if there is none."""
+        return bisect.bisect_left(range(len(self.cuts)), position, key=self.cut)
 
 
 def load_tokenizer(name_or_path):
@@ -104,39 +134,164 @@ def vocabulary(tokenizer):
     word_start = np.zeros(size, dtype=bool)
     for piece, i in tokenizer.vocab.items():
         word_start[i] = is_start_piece(piece) if sentence_piece else not piece.startswith("##")
+    digest = hashlib.sha256("\n".join(tokenizer.vocab).encode()).hexdigest()
     return Vocabulary(size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("[PAD]", "<pad>"), find("<eod>"),
-                      word_start)
+                      word_start, digest)
 
 
-def read_text(path, tokenizer, eod_id=None):
-    """Tokenize a text file, one sentence a line, into one long stream.
+def read_text(paths, tokenizer, vocab, cache_dir):
+    """Return the Text of UTF-8 files, one sentence a line: from the cache, if it has been tokenized before.
 
-    A blank line ends a document: it leaves eod_id as a sentence of its own, or nothing if that is None.
+    A blank line ends a document, and so does a file: it leaves vocab.eod_id as a sentence of its own, or nothing if
+    that is None. A folder of cache_dir is named by content, of files and vocabulary; it is complete before it has its
+    name, and while one process makes it, others that want it wait.
 
-    -> ids: [n_tokens] int64; cuts: [n_sentences - 1] int64, where every sentence but the first begins
-    Raises OSError if the file cannot be read, ValueError if it is not UTF-8 or holds no token.
+    Raises OSError if a file cannot be read or cache_dir not be written, ValueError if a file is not UTF-8 or holds no
+    token.
     """
-    ids, begins = [], []
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file, tqdm(
-        desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None
-    ) as progress:
-        for number, raw in enumerate(file, start=1):
-            progress.update(len(raw))
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(sha256, paths))
+    folder = Path(cache_dir) / hashlib.sha256("\n".join([vocab.digest, *contents]).encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (text := open_text(folder)) is None:
+            temporary = folder.with_suffix(".tmp")
+            for leftover in (temporary, folder):  # of a process that was killed; damaged
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir()
             try:
-                line = raw.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number} is not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            if line:
-                sentence = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(line))
-            else:
-                sentence = [] if eod_id is None else [eod_id]
-            if sentence:
-                begins.append(len(ids))
-                ids.extend(sentence)
-    if not ids:
-        raise ValueError("the file holds no text; give one with a sentence on each line")
-    return np.array(ids, dtype=np.int64), np.array(begins[1:], dtype=np.int64)
+                tokenize(paths, tokenizer, vocab, temporary)
+            except BaseException:  # Ctrl-C too
+                shutil.rmtree(temporary)
+                raise
+            temporary.rename(folder)
+            text = open_text(folder)
+    return text
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_text(folder):
+    """Return the Text that `tokenize` wrote into a folder, or None if it is not there as it was written."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        ids = np.memmap(folder / "ids", about["dtype"], mode="r")
+        begins = np.memmap(folder / "begins", np.int64, mode="r")
+        if len(ids) != sum(about["counts"]) or len(begins) != about["sentences"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return Text(np.asarray(ids), np.asarray(begins[1:]), np.array(about["counts"]), about["digest"])
+
+
+def tokenize(paths, tokenizer, vocab, folder):
+    """Tokenize files, on all cores, into a folder: ids, begins (of sentences, int64) and about.json."""
+    dtype = np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
+    chunks = [chunk for i, path in enumerate(paths) for chunk in cut_file(path, separate=i > 0)]
+    size = sum(map(os.path.getsize, paths))
+    jobs = min(joblib.cpu_count(), 1 + size // CHUNK)
+    parallel = joblib.Parallel(jobs, return_as="generator", idle_worker_timeout=5)
+    encoded = parallel(joblib.delayed(encode_chunk)(chunk, tokenizer.vocab_file, vocab.eod_id) for chunk in chunks)
+    counts, sentences, has_text = np.zeros(vocab.size, dtype=np.int64), 0, False
+    digests = hashlib.sha256(), hashlib.sha256()
+    with open(folder / "ids", "wb") as ids_file, open(folder / "begins", "wb") as begins_file, tqdm(
+        desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None
+    ) as progress, contextlib.closing(encoded):
+        files = ids_file, begins_file
+        for chunk, (ids, begins) in zip(chunks, encoded):
+            has_text = (chunk.begin > 0 and has_text) or (ids != vocab.eod_id).any()
+            if chunk.last and not has_text:
+                raise ValueError(f"{chunk.path} holds no text; give one with a sentence on each line")
+            for array, file, digest in zip((ids.astype(dtype), begins + counts.sum()), files, digests):
+                file.write(array)
+                digest.update(array)
+            counts += np.bincount(ids, minlength=vocab.size)
+            sentences += len(begins)
+            progress.update(chunk.end - chunk.begin)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    about = {"dtype": dtype.name, "sentences": sentences, "digest": "".join(each.hexdigest() for each in digests),
+             "counts": counts.tolist()}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+class Chunk(NamedTuple):
+    """A part of a file that is tokenized by itself: whole lines, or words of a line that is very long."""
+
+    path: str
+    begin: int  # byte
+    end: int
+    last: bool  # of its file
+    separate: bool  # the file before ends a document here
+
+
+def cut_file(path, separate):
+    """Yield the Chunks of a file, each CHUNK bytes long and the rest of a line, or up to a space in it."""
+    size, begin, end = os.path.getsize(path), 0, -1
+    with open(path, "rb") as file:
+        while end < size:
+            file.seek(begin + CHUNK)
+            rest = b"more"
+            while rest and not rest.endswith(b"\n") and b" " not in rest.lstrip():
+                rest = file.readline(CHUNK)
+            end = size if not rest else file.tell()
+            if rest and not rest.endswith(b"\n") and end < size:
+                end -= len(rest) - 1 - rest.rindex(b" ")
+            yield Chunk(path, begin, end, end == size, separate and begin == 0)
+            begin = end
+
+
+@functools.lru_cache(maxsize=1)
+def encoder(vocab_file):
+    """Return the function from a line to its ids. No word piece crosses a space: each word is tokenized once."""
+    tokenizer = load_tokenizer(vocab_file)
+
+    @functools.lru_cache(maxsize=WORDS)
+    def encode_word(word):
+        return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+
+    return lambda line: [i for word in line.split(" ") for i in encode_word(word)]
+
+
+def encode_chunk(chunk, vocab_file, eod_id):
+    """Return the ids of a chunk, [n] int32, and at which of them a sentence begins, [n_begins] int64.
+
+    Raises ValueError if the chunk is not UTF-8.
+    """
+    with open(chunk.path, "rb") as file:
+        file.seek(max(0, chunk.begin - 1))
+        goes_on = file.read(min(1, chunk.begin)) not in (b"", b"\n")  # the first line began in the chunk before
+        content = file.read(chunk.end - chunk.begin)
+    if chunk.begin == 0:
+        content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = count_lines(chunk.path, chunk.begin) + content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{chunk.path}, line {number} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
+    if not lines[-1]:  # what follows the last newline
+        lines.pop()
+    if chunk.separate:
+        lines.insert(0, "")
+    ids, begins = [], []
+    for line in lines:
+        line = line.strip()
+        sentence = encoder(vocab_file)(line) if line else [] if goes_on or eod_id is None else [eod_id]
+        if sentence and not goes_on:
+            begins.append(len(ids))
+        ids.extend(sentence)
+        goes_on = False
+    return np.array(ids, dtype=np.int32), np.array(begins, dtype=np.int64)
+
+
+def count_lines(path, end):
+    """Return how many lines end in the first `end` bytes of a file."""
+    with open(path, "rb") as file:
+        return sum(file.read(min(CHUNK, end - begin)).count(b"\n") for begin in range(0, end, CHUNK))
 
 
 def batchify(ids, cuts, n_rows, batch_size, bi_data):
@@ -152,11 +307,11 @@ def batchify(ids, cuts, n_rows, batch_size, bi_data):
     row_len = len(ids) // n_rows
     rows = []
     for begin in (b * row_len for b in range(n_rows)):
-        inside = cuts[(cuts > begin) & (cuts < begin + row_len)] - begin
-        rows.append(Row(ids[begin : begin + row_len], inside, backward=False))
+        inside = slice(*np.searchsorted(cuts, (begin + 1, begin + row_len)))
+        rows.append(Row(ids[begin : begin + row_len], cuts[inside], backward=False, origin=begin))
     groups = [rows[b : b + batch_size] for b in range(0, n_rows, batch_size)]
     if bi_data:
-        groups = [group + [Row(row.ids[::-1], row_len - row.cuts[::-1], backward=True) for row in group]
+        groups = [group + [Row(row.ids[::-1], row.cuts[::-1], True, row.origin + row_len) for row in group]
                   for group in groups]
     return groups
 
@@ -175,24 +330,23 @@ def split_a_and_b(row, begin_idx, tot_len, rng):
     -> ids of A and of B, together tot_len long; B is empty if tot_len is 1
     Source: the paper, section 2.5; official _split_a_and_b.
     """
-    ids, cuts = row.ids, row.cuts
-    first = np.searchsorted(cuts, begin_idx, side="right")
-    last = np.searchsorted(cuts, begin_idx + tot_len, side="left")
-    cut_points = cuts[first:last]  # sentences that begin after begin_idx and less than tot_len tokens away
-    end_idx = cuts[last] if last < len(cuts) else len(ids)
+    ids, n_cuts = row.ids, len(row.cuts)
+    last = row.find_cut(begin_idx + tot_len)
+    # sentences that begin after begin_idx and less than tot_len tokens away
+    cut_points = [row.cut(i) for i in range(row.find_cut(begin_idx + 1), last)]
+    end_idx = row.cut(last) if last < n_cuts else len(ids)
 
-    a_end = rng.choice(cut_points) if len(cut_points) else end_idx
-    if len(cut_points) and rng.random() < 0.5:
+    a_end = rng.choice(cut_points) if cut_points else end_idx
+    if cut_points and rng.random() < 0.5:
         b_begin, b_end = a_end, end_idx
     else:
         b_len = max(1, tot_len - (a_end - begin_idx))
         b_begin = rng.integers(len(ids) - b_len + 1)
         b_end = b_begin + b_len
         # widen to whole sentences
-        before = np.searchsorted(cuts, b_begin, side="right")
-        after = np.searchsorted(cuts, b_end, side="left")
-        b_begin = cuts[before - 1] if before > 0 else 0
-        b_end = cuts[after] if after < len(cuts) else len(ids)
+        before, after = row.find_cut(b_begin + 1), row.find_cut(b_end)
+        b_begin = row.cut(before - 1) if before > 0 else 0
+        b_end = row.cut(after) if after < n_cuts else len(ids)
 
     a_len, b_len = a_end - begin_idx, b_end - b_begin
     excess = a_len + b_len - tot_len
@@ -368,18 +522,20 @@ def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def create_batch(rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rng):
+def create_batch(rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rngs):
     """Return the batch of one window: that window of every row, stacked along a last axis, bsz.
 
+    rngs: a numpy Generator for each row
     -> dict as of `permute`, of tensors [..., bsz]
     """
-    sizes = (seq_len, reuse_len, num_predict, mask_alpha, mask_beta)
-    features = [create_feature(row, window, vocab, *sizes, rng) for row in rows]
-    members = [permute(feature, reuse_len, perm_size, num_predict, rng) for feature in features]
+    members = []
+    for row, rng in zip(rows, rngs, strict=True):
+        feature = create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng)
+        members.append(permute(feature, reuse_len, perm_size, num_predict, rng))
     return {key: torch.from_numpy(np.stack([member[key] for member in members], axis=-1)) for key in members[0]}
 
 
-def create_batches(rows, vocab, seq_len, reuse_len, *sizes):
+def create_batches(rows, vocab, seq_len, reuse_len, *others):
     """Yield the batches of a pass, from the first window to the last; arguments as of `create_batch`."""
     for window in range(n_windows(len(rows[0].ids), seq_len, reuse_len)):
-        yield create_batch(rows, window, vocab, seq_len, reuse_len, *sizes)
+        yield create_batch(rows, window, vocab, seq_len, reuse_len, *others)

@@ -3,6 +3,7 @@
     python main.py
     python main.py --data my.txt --valid held_out.txt --output_dir out --n_layer 4 --d_model 64 --d_head 16
     python main.py --output_dir out --resume
+    torchrun --nproc_per_node 2 main.py --data books/*.txt --batch_size 8
     python main.py --data ./data.txt --tokenizer bert-base-uncased --seq_len 512 --reuse_len 256 --perm_size 256 \\
       --bi_data True --mask_alpha 6 --mask_beta 1 --num_predict 85 --mem_len 384 --num_step 100
 
@@ -14,7 +15,7 @@ line prints.
 import argparse
 import contextlib
 import csv
-import hashlib
+import datetime
 import math
 import os
 import pickle
@@ -25,11 +26,14 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data_utils
@@ -37,7 +41,7 @@ import xlnet
 
 MAY_CHANGE = {  # when a run goes on; text and vocabulary are compared by content
     "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
-    "output_dir", "resume", "tensorboard",
+    "output_dir", "resume", "tensorboard", "cache_dir",
 }
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
 MAX_TURNS, TURN_WINDOWS = 16, 32  # default of --rows: at most so many groups, of at least so many windows a row
@@ -46,6 +50,20 @@ METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per
 
 class UserError(Exception):
     """A mistake that the user can mend; its text is one line that names the flag, the value and the remedy."""
+
+
+class Process(NamedTuple):
+    """Which one of the processes of a run this is, as torchrun tells it; alone without torchrun."""
+
+    rank: int
+    world_size: int  # processes
+    local_rank: int  # among those of this machine
+    local_world_size: int
+
+    @classmethod
+    def this(cls):
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, value)) for name, value in alone.items()))
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +76,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def exit(self, status=0, message=None):
+        super().exit(status, None if Process.this().local_rank else message)
 
     def flags(self, title):
         """Return a function that adds a flag to a new group: name or names, default, help, and add_argument's own."""
@@ -97,8 +118,10 @@ def build_parser():
     boolean, file, folder = {"type": true_or_false, "metavar": "BOOL"}, {"metavar": "FILE"}, {"metavar": "DIR"}
 
     flag = parser.flags("data")
-    flag("data", None, "UTF-8 text, a sentence a line, a blank line between documents (default: data.txt beside main)",
-         **file)
+    flag("data", None, "UTF-8 text, a sentence a line, a blank line between documents; several files are several "
+         "documents (default: data.txt beside main)", nargs="+", **file)
+    flag("cache_dir", None, "where a text is kept as word pieces once it has been tokenized (default: xlnet in "
+         "$XDG_CACHE_HOME, or in ~/.cache)", **folder)
     flag("tokenizer", "bert-base-uncased", f"{', '.join(data_utils.TOKENIZERS)}, a vocab.txt or a directory with one",
          metavar="NAME")
     flag("seq_len", 512, "tokens in a window", **number(int, 5))
@@ -129,7 +152,8 @@ def build_parser():
          "with normal)", **real)
 
     flag = parser.flags("optimizer")
-    flag("batch_size", None, "rows of text that advance together (default: 1, or 2 with --bi_data True)", **positive)
+    flag("batch_size", None, "rows of text that advance together, shared out evenly to the processes of torchrun "
+         "(default: one a process, or two with --bi_data True)", **positive)
     flag("rows", None, "rows the text is cut into, a multiple of batch_size; batch_size of them take a step in turn, "
          f"each with its own memory (default: batch_size on a page; on a longer text up to {MAX_TURNS} times that, as "
          f"long as every row has {TURN_WINDOWS} windows)", **positive)
@@ -185,8 +209,9 @@ def settle(given, state=None):
         if name in fixed and name not in MAY_CHANGE and value != fixed[name]:
             raise UserError(f"--{name} {value} contradicts {source}, where it is {fixed[name]}; leave it out")
     args = argparse.Namespace(**build_parser().defaults | fixed | given)
-    args.data = args.data or str(Path(__file__).resolve().parent / "data.txt")
-    args.batch_size = args.batch_size or (2 if args.bi_data else 1)
+    args.data = args.data or [str(Path(__file__).resolve().parent / "data.txt")]
+    args.cache_dir = args.cache_dir or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlnet")
+    args.batch_size = args.batch_size or Process.this().world_size * (2 if args.bi_data else 1)
     if args.num_step is None and args.train_steps is None:
         args.num_step = 100
     check_flags(args)
@@ -200,6 +225,8 @@ def check_flags(args):
     near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
     largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
     rows = args.rows or args.batch_size
+    process = Process.this()
+    each = process.world_size * (2 if args.bi_data else 1)
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     for wrong, message in (
         (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
@@ -212,12 +239,15 @@ def check_flags(args):
          f"give at most that"),
         (args.d_model % 2, f"--d_model {args.d_model} is odd, and half of the position features are sines; "
          f"try {args.d_model + 1}"),
-        (args.bi_data and args.batch_size % 2, f"--batch_size {args.batch_size} is odd, and with --bi_data True half "
-         f"of it reads backwards; try {args.batch_size + 1}"),
+        (args.batch_size % each, f"--batch_size {args.batch_size} must be a multiple of {each}, for --bi_data "
+         f"{args.bi_data} on {process.world_size} processes; try {-(-args.batch_size // each) * each}"),
         (rows % args.batch_size, f"--rows {rows} is no multiple of --batch_size "
          f"{args.batch_size}; try {max(1, rows // args.batch_size) * args.batch_size}"),
         (args.min_lr_ratio > 1, f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1"),
         (no_cuda, "--device cuda: PyTorch finds no CUDA device here; give auto or cpu"),
+        (args.device != "cpu" and 0 < torch.cuda.device_count() < process.local_world_size,
+         f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are too few for {process.local_world_size} "
+         f"processes; start as many, or give cpu"),
         (args.output_dir and args.n_head * args.d_head != args.d_model, f"--n_head {args.n_head} times --d_head "
          f"{args.d_head} is not --d_model {args.d_model}, which a Hugging Face XLNet needs; leave out --output_dir, or "
          f"try --d_head {max(1, args.d_model // args.n_head)}"),
@@ -262,10 +292,16 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def unigram_entropy(ids):
+def unigram_entropy(counts):
     """Return the cost, in nats per token, of knowing how often every token occurs and nothing else."""
-    share = np.unique(ids, return_counts=True)[1] / len(ids)
+    share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
+
+
+def warn(message):
+    """Print a line to stderr, once a machine."""
+    if Process.this().local_rank == 0:
+        print(f"main.py: {message}", file=sys.stderr)
 
 
 def checkpoints(output_dir):
@@ -285,8 +321,8 @@ def open_output_dir(output_dir, resumed):
         raise UserError(f"--output_dir {output_dir} holds a run already; go on with --resume, or give another folder")
 
 
-def save_checkpoint(args, run):
-    """Write checkpoint-<step>, under a temporary name until it is whole and on disk, and drop the oldest ones.
+def save_checkpoint(args, run, state):
+    """Write checkpoint-<step>, state in it, under a temporary name until it is whole on the disk; drop the oldest ones.
 
     Raises OSError if that fails; the earlier checkpoints stay as they are.
     """
@@ -299,8 +335,8 @@ def save_checkpoint(args, run):
         run.model.save_pretrained(temporary, summary_type="first", pad_token_id=run.vocab.pad_id,
                                   bos_token_id=run.vocab.cls_id, eos_token_id=run.vocab.sep_id)
         data_utils.save_tokenizer(run.tokenizer, temporary)
-        torch.save(run.state_dict(), temporary / "trainer_state.pt")
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+        torch.save(state, temporary / "trainer_state.pt")
+        sums = [f"{data_utils.sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
         (temporary / "SHA256SUMS").write_text("".join(sums))  # as `sha256sum --check` reads it
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -316,11 +352,6 @@ def save_checkpoint(args, run):
         shutil.rmtree(path)
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sync(path):
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -334,7 +365,7 @@ def damage(checkpoint):
         sums = dict(line.split("  ")[::-1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
         if not {"model.safetensors", "trainer_state.pt"} <= set(sums):
             return "SHA256SUMS"
-        return next((name for name, digest in sums.items() if sha256(checkpoint / name) != digest), None)
+        return next((name for name, digest in sums.items() if data_utils.sha256(checkpoint / name) != digest), None)
     except (OSError, ValueError) as error:
         return Path(getattr(error, "filename", None) or "SHA256SUMS").name
 
@@ -345,7 +376,7 @@ def load_state(given):
         raise UserError("--resume needs --output_dir, or the name of a checkpoint")
     for checkpoint in [Path(given["resume"])] if given["resume"] else checkpoints(given["output_dir"]):
         if damaged := damage(checkpoint):
-            print(f"main.py: {checkpoint} is damaged: {damaged} is not as it was written", file=sys.stderr)
+            warn(f"{checkpoint} is damaged: {damaged} is not as it was written")
             continue
         try:
             state = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
@@ -361,11 +392,12 @@ class Log:
     """What a run tells: lines on stdout, a bar on a terminal, metrics.csv and TensorBoard events in output_dir."""
 
     def __init__(self, args, step, last):
-        self.progress = tqdm(initial=step, total=last, unit="step", leave=False, disable=None)
+        first = Process.this().rank == 0
+        self.progress = tqdm(initial=step, total=last, unit="step", leave=False, disable=None if first else True)
         self.file = self.events = None
-        if args.output_dir:
+        if args.output_dir and first:
             self.file = open_metrics(args.output_dir, step)
-        if args.tensorboard:
+        if args.tensorboard and first:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -428,28 +460,43 @@ def draw_loss(output_dir):
     figure.savefig(Path(output_dir) / "loss.png", dpi=100)
 
 
-def load_rows(flag, n_rows, args, tokenizer, vocab):
-    """Return the ids and the groups of rows of the text that a flag names; raise UserError if that fails.
-
-    n_rows: None = more, the longer the text is, see --rows
-    """
-    path = getattr(args, flag)
+def load_text(flag, paths, args, tokenizer, vocab):
+    """Return the Text of the files that a flag names; raise UserError if that fails."""
     try:
-        ids, cuts = data_utils.read_text(path, tokenizer, vocab.eod_id)
+        try:
+            return data_utils.read_text(paths, tokenizer, vocab, args.cache_dir)
+        except OSError as error:
+            if error.filename in paths:
+                raise
+            warn(f"--cache_dir {args.cache_dir}: {error.strerror}; the text will be tokenized at every start")
+            with tempfile.TemporaryDirectory() as folder:  # what is mapped outlives its name
+                return data_utils.read_text(paths, tokenizer, vocab, folder)
     except OSError as error:
-        raise UserError(f"--{flag} {path}: {error.strerror}; give a text file") from None
+        raise UserError(f"--{flag} {error.filename}: {error.strerror}; give a text file") from None
     except ValueError as error:
-        raise UserError(f"--{flag} {path}: {error}") from None
-    if n_rows is None:
-        windows = len(ids) // (args.reuse_len * args.batch_size)
-        n_rows = args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
-    groups = data_utils.batchify(ids, cuts, n_rows, args.batch_size, args.bi_data)
+        raise UserError(f"--{flag} {error}") from None
+
+
+def names(paths):
+    """Return how a message names files."""
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def cut_rows(flag, paths, text, n_rows, args):
+    """Return the groups of rows of a text; raise UserError if it is too short for them."""
+    groups = data_utils.batchify(text.ids, text.cuts, n_rows, args.batch_size, args.bi_data)
     if len(groups[0][0].ids) < args.seq_len:
         needed = args.seq_len * (n_rows // 2 if args.bi_data else n_rows)
         smaller = "--rows" if n_rows > args.batch_size else "--batch_size"
-        raise UserError(f"--{flag} {path} has {len(ids)} tokens and needs {needed}, a window of --seq_len "
+        raise UserError(f"--{flag} {names(paths)} has {len(text.ids)} tokens and needs {needed}, a window of --seq_len "
                         f"{args.seq_len} for each row; give more text, or a smaller --seq_len or {smaller}")
-    return ids, groups
+    return groups
+
+
+def default_rows(n_tokens, args):
+    """Return batch_size on a page; on a longer text up to MAX_TURNS times that, if rows have TURN_WINDOWS windows."""
+    windows = n_tokens // (args.reuse_len * args.batch_size)
+    return args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
 
 
 def sizes(args):
@@ -457,8 +504,20 @@ def sizes(args):
     return args.seq_len, args.reuse_len, args.perm_size, args.num_predict, args.mask_alpha, args.mask_beta
 
 
+def total(tensor):
+    """Return the sum of a tensor over the processes of a run."""
+    if dist.is_initialized():
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
 class Run:
-    """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit."""
+    """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit.
+
+    With torchrun each process has its share of every group of rows, with their memory, and the same model. What they
+    do together is what one process does with all rows: a mean over targets is one over those of all processes.
+    """
 
     def __init__(self, args, state=None):
         """Begin a run, or go on from the state of a checkpoint; raise UserError if text or vocabulary do not fit."""
@@ -468,10 +527,15 @@ class Run:
             self.vocab = data_utils.vocabulary(self.tokenizer)
         except (OSError, ValueError) as error:
             raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
-        self.ids, self.groups = load_rows("data", args.rows, args, self.tokenizer, self.vocab)
-        args.rows = len(self.groups) * args.batch_size
+        self.process = Process.this()
+        self.text = load_text("data", args.data, args, self.tokenizer, self.vocab)
+        args.rows = args.rows or default_rows(len(self.text.ids), args)
+        self.groups = cut_rows("data", args.data, self.text, args.rows, args)
+        halves = np.arange(args.batch_size).reshape(1 + args.bi_data, self.process.world_size, -1)  # forward, backward
+        self.members = halves[:, self.process.rank].ravel().tolist()  # of each group, the rows of this process
         if args.valid:
-            self.valid_rows = load_rows("valid", args.batch_size, args, self.tokenizer, self.vocab)[1][0]
+            text = load_text("valid", [args.valid], args, self.tokenizer, self.vocab)
+            [self.valid_rows] = cut_rows("valid", [args.valid], text, args.batch_size, args)
         windows = data_utils.n_windows(len(self.groups[0][0].ids), args.seq_len, args.reuse_len)
         self.pass_len = windows * len(self.groups)
         ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
@@ -481,10 +545,8 @@ class Run:
             raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
                             f"run; give at most that")
 
-        # what must not change while a run lasts: the word pieces, and the rows with their sentences
-        pieces = "\n".join(self.tokenizer.vocab).encode()
-        text = b"".join(part.tobytes() for group in self.groups for row in group for part in (row.ids, row.cuts))
-        self.identity = {"vocabulary": hashlib.sha256(pieces).hexdigest(), "text": hashlib.sha256(text).hexdigest()}
+        # what must not change while a run lasts: the word pieces, and the text with its sentences
+        self.identity = {"vocabulary": self.vocab.digest, "text": self.text.digest}
 
         torch.manual_seed(args.seed)
         arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
@@ -497,10 +559,16 @@ class Run:
         except (OSError, ValueError, SafetensorError) as error:
             flag = "resume" if state else "init_checkpoint"
             raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
-        self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device)
+        self.device = torch.device("cpu")
+        if args.device != "cpu" and torch.cuda.is_available():
+            self.device = torch.device("cuda", self.process.local_rank)
+            torch.cuda.set_device(self.device)
+        self.model = self.network = model.to(self.device)
         if args.compile:
             self.model.compile(dynamic=False)  # a memory grows in a few steps, and is long everywhere else
+        if dist.is_initialized():
+            self.network = DistributedDataParallel(self.model)
+            torch.manual_seed(args.seed + (self.process.rank << 32))  # of dropout
         groups = parameter_groups(model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
         self.step = 0  # windows trained on, a line printed for each
@@ -510,39 +578,56 @@ class Run:
             self.load_state_dict(state)
 
     def state_dict(self):
-        """Return the state as tensors and plain values; the weights are in model.safetensors."""
-        return self.identity | {
-            "flags": vars(self.args) | {name: os.path.abspath(path) for name in ("data", "valid", "tokenizer")
-                                        if (path := getattr(self.args, name)) and os.path.exists(path)},
-            "step": self.step,
-            "costs": self.costs,
-            "mems": [mems and [mem if mem is None else mem.clone() for mem in mems]  # not the larger tensor behind it
-                     for mems in self.mems],
-            "optimizer": self.optimizer.state_dict(),
-            "gradients": [parameter.grad for parameter in self.model.parameters()],  # of a half done accumulation
+        """Return the state as tensors and plain values, in the process of rank 0; the weights are in model.safetensors.
+
+        Every process must call it.
+        """
+        own = {
+            "mems": [None if mems is None or mems[0] is None else torch.stack(mems).cpu() for mems in self.mems],
+            # of a half done accumulation
+            "gradients": [None if p.grad is None else p.grad.cpu() for p in self.model.parameters()],
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
+        processes = [own]
+        if dist.is_initialized():
+            processes *= self.process.world_size
+            dist.gather_object(own, None if self.process.rank else processes)
+        paths = {name: os.path.abspath(path) for name in ("valid", "tokenizer")
+                 if (path := getattr(self.args, name)) and os.path.exists(path)}
+        return self.identity | {
+            "flags": vars(self.args) | paths | {"data": [os.path.abspath(path) for path in self.args.data]},
+            "step": self.step,
+            "costs": self.costs,
+            "optimizer": self.optimizer.state_dict(),
+            "processes": processes,
+        }
 
     def load_state_dict(self, state):
-        for (what, here), flag in zip(self.identity.items(), ("tokenizer", "data")):
+        given = f"--tokenizer {self.args.tokenizer}", f"--data {names(self.args.data)}"
+        for (what, here), flag in zip(self.identity.items(), given):
             if state[what] != here:
-                raise UserError(f"--{flag} {getattr(self.args, flag)}: the {what} has changed since the run began; "
+                raise UserError(f"{flag}: the {what} has changed since the run began; "
                                 f"give the old one, or start anew in another --output_dir")
+        if len(state["processes"]) != self.process.world_size:
+            raise UserError(f"--resume: the run had {len(state['processes'])} processes and now has "
+                            f"{self.process.world_size}; start as many")
+        own = state["processes"][self.process.rank]
         self.step, self.costs = state["step"], state["costs"]
-        self.mems = [mems and [mem if mem is None else mem.to(self.device) for mem in mems] for mems in state["mems"]]
+        self.mems = [None if mems is None else list(mems.to(self.device)) for mems in own["mems"]]
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, gradient in zip(self.model.parameters(), state["gradients"]):
+        for parameter, gradient in zip(self.model.parameters(), own["gradients"]):
             parameter.grad = gradient if gradient is None else gradient.to(self.device)
-        torch.set_rng_state(state["torch_rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        torch.set_rng_state(own["torch_rng"])
+        if self.device.type == "cuda" and own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"])
 
     def load_batch(self, step):
-        """Return the batch of a step, which depends on nothing but the text, the seed and the step."""
-        rng = np.random.default_rng([self.args.seed, step])
+        """Return the batch of a step: a row depends on nothing but the text, the seed, the step and its place."""
         window, turn = divmod(step % self.pass_len, len(self.groups))
-        return self.to_device(data_utils.create_batch(self.groups[turn], window, self.vocab, *sizes(self.args), rng))
+        rows = [self.groups[turn][member] for member in self.members]
+        rngs = [np.random.default_rng([self.args.seed, step, member]) for member in self.members]
+        return self.to_device(data_utils.create_batch(rows, window, self.vocab, *sizes(self.args), rngs))
 
     def to_device(self, batch):
         if self.device.type == "cpu":
@@ -559,26 +644,27 @@ class Run:
         return self.coming.pop(self.step).result()
 
     def forward(self, batch, mems):
-        """Return the cost of a batch, the number of its targets, and the new memory."""
+        """Return the mean cost of a batch, the number of its targets, and the new memory."""
         target, target_mask = batch.pop("target"), batch.pop("target_mask")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            logits, mems = self.model(**batch, mems=mems)
+            logits, mems = self.network(**batch, mems=mems)
         return lm_loss(logits, target, target_mask), target_mask.sum(), mems
 
     def valid_batches(self):
         """Return the held-out batches: the generator, and so every target, is the same each time and for any model."""
-        return data_utils.create_batches(self.valid_rows, self.vocab, *sizes(self.args), np.random.default_rng(0))
+        rngs = [np.random.default_rng(0)] * len(self.valid_rows)
+        return data_utils.create_batches(self.valid_rows, self.vocab, *sizes(self.args), rngs)
 
     @torch.no_grad()
     def evaluate(self, batches):
         """Return the mean cost of all targets of successive batches, in nats, with dropout off and memory carried."""
-        self.model.eval()
+        self.network.eval()
         total, count, mems = 0.0, 0.0, None
         for batch in batches:
             cost, targets, mems = self.forward(self.to_device(batch), mems)
             total += (cost * targets).item()
             count += targets.item()
-        self.model.train()
+        self.network.train()
         return total / max(1, count)
 
     def update(self):
@@ -598,11 +684,17 @@ class Run:
         Nothing here waits for the device.
         """
         begin, turn = time.perf_counter(), self.step % len(self.groups)
+        accumulated = (self.step + 1) % self.args.grad_accum_steps == 0
         batch = self.next_batch()
-        loss, _, self.mems[turn] = self.forward(batch, self.mems[turn])
-        (loss / self.args.grad_accum_steps).backward()
-        metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": Later(loss)}
-        if (self.step + 1) % self.args.grad_accum_steps == 0:
+        alone = self.network is self.model
+        with contextlib.nullcontext() if alone or accumulated else self.network.no_sync():
+            loss, targets, self.mems[turn] = self.forward(batch, self.mems[turn])
+            if not alone:
+                loss = loss * targets / total(targets)  # what this process adds to the mean over all targets
+            # DistributedDataParallel takes the mean of all gradients, and they are to be added
+            (loss * self.process.world_size / self.args.grad_accum_steps).backward()
+        metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": Later(total(loss))}
+        if accumulated:
             metrics["learning_rate"], norm = self.update()
             metrics["gradient_norm"] = Later(norm)
         self.step += 1
@@ -646,17 +738,27 @@ class Later:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that receives the first Ctrl-C or SIGTERM, for the loop to heed after the step; the second kills."""
+    """Yield a function that returns the first Ctrl-C or SIGTERM that any process has received, 0 before.
+
+    The loop heeds it after the step. The second one kills; not with torchrun, which passes on what a terminal sends to
+    all, and kills by itself after a while.
+    """
     received = []
 
     def receive(signum, frame):
         received.append(signum)
-        for each in before:
+        for each in () if dist.is_initialized() else before:
             signal.signal(each, signal.SIG_DFL)
+
+    def first():
+        signum = torch.tensor(received[0] if received else 0)
+        if dist.is_initialized():
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return signum.item()
 
     before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield first
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -664,11 +766,11 @@ def stop_signals():
 
 def train(run, args):
     """Print a line for each step until the run is over, save and evaluate on the way, and return the final metrics."""
-    entropy = unigram_entropy(run.ids)
+    entropy = unigram_entropy(run.text.counts)
     print(
         f"XLNet of {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device.type}; "
-        f"{Path(args.data).name}: {len(run.ids):,} tokens, unigram entropy {entropy:.3f}; "
-        f"{run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
+        f"{names([Path(path).name for path in args.data])}: {len(run.text.ids):,} tokens, unigram entropy "
+        f"{entropy:.3f}; {run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
     waiting = []  # metrics of steps that are not reported yet
     metrics = {}
 
@@ -683,22 +785,24 @@ def train(run, args):
     with contextlib.closing(Log(args, run.step, run.last)) as log, stop_signals() as stop:
         while run.step < run.last:
             waiting.append(run.train_step())
-            if args.valid and due(args.eval_steps):
+            if args.valid and due(args.eval_steps) and run.process.rank == 0:
                 waiting[-1]["validation_cost"] = run.evaluate(run.valid_batches())
             report(behind=run.device.type == "cuda")  # a GPU works on a step while the one before is reported
-            stopped = stop[:]  # a signal that comes from here on waits for the next step
+            stopped = stop()  # a signal that comes from here on waits for the next step
             save = args.output_dir and (due(args.save_steps) or stopped)
             if save or stopped or run.step == run.last:
                 report(behind=0)
             if save:
-                save_checkpoint(args, run)
-                draw_loss(args.output_dir)
+                state = run.state_dict()
+                if run.process.rank == 0:
+                    save_checkpoint(args, run, state)
+                    draw_loss(args.output_dir)
             if stopped:
                 saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
                     "nothing is saved without --output_dir")
                 log.close()
-                print(f"main.py: stopped after step {run.step}; {saved}", file=sys.stderr)
-                sys.exit(128 + stopped[0])
+                warn(f"stopped after step {run.step}; {saved}")
+                sys.exit(128 + stopped)
 
     mean_cost = sum(run.costs) / len(run.costs)
     print(f"Mean cost of pass {-(-run.last // run.pass_len)}: {mean_cost:.3f}; of guessing by word frequency: "
@@ -713,14 +817,23 @@ def main(argv=None):
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
+    process = Process.this()
     try:
         if given.get("resume"):
             given.setdefault("output_dir", os.path.dirname(os.path.abspath(given["resume"])))
         state = load_state(given) if "resume" in given else None
         args = settle(given, state)
-        if args.output_dir:
+        if args.output_dir and process.rank == 0:
             open_output_dir(args.output_dir, resumed=state is not None)
-        return train(Run(args, state), args)
+        if process.world_size > 1:
+            on_gpu = args.device != "cpu" and torch.cuda.is_available()
+            # one of them may evaluate or tokenize for long while the others wait
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+        with contextlib.redirect_stdout(None if process.rank else sys.stdout):
+            metrics = train(Run(args, state), args)
+        if process.world_size > 1:
+            dist.destroy_process_group()
+        return metrics
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -733,6 +846,11 @@ def main(argv=None):
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).splitlines()[0]
         parser.error(f"--compile: {reason}; leave it out, or give PyTorch what it needs, a C++ compiler on a CPU")
+    except RuntimeError as error:
+        if process.world_size == 1 or "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        parser.exit(1, f"main.py: another process of the run is gone: {str(error).splitlines()[0]}; --resume goes on "
+                       f"from the last checkpoint\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def time_of_saving(count):
     seconds = []
     for _ in range(count):
         begin = time.perf_counter()
-        main.save_checkpoint(args, run)
+        main.save_checkpoint(args, run, run.state_dict())
         seconds.append(time.perf_counter() - begin)
     shutil.rmtree(folder)
     return seconds

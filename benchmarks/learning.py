@@ -50,9 +50,9 @@ class Variant(main.Run):
 
     def judge(self, batches):
         """Return the held-out cost of one row of windows; the model reads them forwards."""
-        bi_data, self.model.bi_data = self.model.bi_data, False
+        bi_data, self.network.bi_data = self.network.bi_data, False
         cost = self.evaluate({**batch} for batch in batches)
-        self.model.bi_data = bi_data
+        self.network.bi_data = bi_data
         return cost
 
 
@@ -88,13 +88,14 @@ class Collated(Variant):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.mask_id = tokenizer.mask_token_id
         self.collate = transformers.DataCollatorForPermutationLanguageModeling(tokenizer)
-        self.chunks = self.ids[: len(self.ids) // args.seq_len * args.seq_len].reshape(-1, args.seq_len)
+        ids = self.text.ids
+        self.chunks = ids[: len(ids) // args.seq_len * args.seq_len].reshape(-1, args.seq_len)
 
     def collated(self, step):
         """Return the collator's batch of the next chunk; every chunk once, in a new order each time."""
         epoch, index = divmod(step, len(self.chunks))
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.chunks))
-        return self.collate([{"input_ids": torch.from_numpy(self.chunks[order[index]])}])
+        return self.collate([{"input_ids": torch.from_numpy(self.chunks[order[index]].astype(np.int64))}])
 
     def load_batch(self, step):
         batch = self.collated(step)
@@ -123,7 +124,7 @@ class Transformers(Collated):
             d_inner=args.d_inner, ff_activation=args.ff_activation, dropout=args.dropout)
         torch.manual_seed(args.seed)
         self.ours = self.model
-        self.model = transformers.XLNetLMHeadModel(config).to(self.device).train()
+        self.model = self.network = transformers.XLNetLMHeadModel(config).to(self.device).train()
         groups = main.parameter_groups(self.model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
 
@@ -133,15 +134,14 @@ class Transformers(Collated):
     def forward(self, batch, mems):
         if "labels" not in batch:  # judged
             return super().forward(batch, mems)
-        return self.model(**batch, use_mems=False).loss, None, None
+        return self.network(**batch, use_mems=False).loss, None, None
 
     def judge(self, batches):
         """Judge the same weights in our model, which gives the same numbers sooner."""
-        theirs = self.model
-        self.model = self.ours
-        self.model.load_state_dict({name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()})
+        self.network = self.ours
+        self.ours.load_state_dict({name.removeprefix("transformer."): w for name, w in self.model.state_dict().items()})
         cost = super().judge(batches)
-        self.model = theirs
+        self.network = self.model
         return cost
 
 
@@ -177,8 +177,9 @@ for rate in ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"):
 def judged_batches(run, path):
     """Return the windows of a held-out text as --valid has them at default flags, in one row."""
     flags = main.settle({"valid": path})
-    _, [rows] = main.load_rows("valid", 1, flags, run.tokenizer, run.vocab)
-    batches = data_utils.create_batches(rows, run.vocab, *main.sizes(flags), np.random.default_rng(0))
+    text = main.load_text("valid", [path], flags, run.tokenizer, run.vocab)
+    [rows] = main.cut_rows("valid", [path], text, 1, flags)
+    batches = data_utils.create_batches(rows, run.vocab, *main.sizes(flags), [np.random.default_rng(0)])
     return [run.to_device(batch) for batch in batches]
 
 
@@ -187,7 +188,7 @@ def train(task):
     options, name, seed = task
     kind, flags = VARIANTS[name]
     run = kind(main.settle({
-        "data": options.data, "seed": seed, "train_steps": options.updates or 10**9, "bf16": options.bf16 or None,
+        "data": [options.data], "seed": seed, "train_steps": options.updates or 10**9, "bf16": options.bf16 or None,
         **SHAPES[options.shape], **flags}))
     batches = judged_batches(run, options.valid)
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
 import data_utils
+import main
 from xlnet import XLNet, read_config
 
 PASSAGE = 64  # word pieces
@@ -89,7 +90,7 @@ def guess(model, ids, blank):
 
 def fill_blanks(model, tokenizer, vocab, path, count=10, before=96, after=32):
     """Print guesses of the query stream for whole words of held-out text."""
-    ids, _ = data_utils.read_text(path, tokenizer, vocab.eod_id)
+    ids = main.load_text("valid", [path], main.settle({}), tokenizer, vocab).ids.astype(np.int64)
     pieces = {i: piece for piece, i in tokenizer.vocab.items()}
     words = [i for i in range(before, len(ids) - after) if pieces[ids[i]].isalpha() and vocab.word_start[ids[i + 1]]]
     print("\n| held-out text | it was | the five likeliest |\n|---|---|---|")

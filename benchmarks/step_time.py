@@ -49,8 +49,8 @@ def load_batches(args, device):
                                 "num_predict": args.num_predict, "device": "cpu"}))
     batches = []
     for window in range(min(8, run.pass_len)):
-        batch = data_utils.create_batch(
-            run.groups[0] * args.batch_size, window, run.vocab, *main.sizes(run.args), np.random.default_rng(window))
+        rows, rngs = run.groups[0] * args.batch_size, [np.random.default_rng(window)] * args.batch_size
+        batch = data_utils.create_batch(rows, window, run.vocab, *main.sizes(run.args), rngs)
         batches.append({key: tensor.to(device) for key, tensor in batch.items()})
     return run.vocab.size, batches
 

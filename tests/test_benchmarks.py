@@ -20,7 +20,7 @@ DATA = str(Path(main.__file__).parent / "data.txt")
 
 def make(name, **flags):
     kind, variant_flags = learning.VARIANTS[name]
-    small = {"data": DATA, "n_layer": 2, "train_steps": 9}
+    small = {"data": [DATA], "n_layer": 2, "train_steps": 9}
     return kind(main.settle(small | variant_flags | flags))
 
 
@@ -39,7 +39,7 @@ def test_the_collator_means_the_same_to_both_models():
         assert mems == [None] * 2
         masked = batch["labels"][0] != -100
         assert (batch["input_ids"][0, masked] == ours.mask_id).all() and masked.sum() == len(mine["target"]) > 20
-    assert np.array_equal(ours.chunks.ravel(), ours.ids[: ours.chunks.size])
+    assert np.array_equal(ours.chunks.ravel(), ours.text.ids[: ours.chunks.size])
 
 
 def test_every_chunk_once_before_any_again():
@@ -76,7 +76,7 @@ def test_transformers_weights_are_the_ones_judged():
     assert all(torch.equal(weight, run.ours.state_dict()[name.removeprefix("transformer.")])
                for name, weight in run.model.state_dict().items())
     assert isinstance(run.ours, xlnet.XLNet) and not isinstance(run.model, xlnet.XLNet)
-    run.model = run.ours
+    run.network = run.ours
     mask_id = run.tokenizer.vocab["[MASK]"]
     seen = [{key: value for key, value in batch.items() if key != "seg_id"} for batch in batches]
     corrupted = [batch | {"inp_k": torch.where(batch["inp_q"] > 0, mask_id, batch["inp_k"])} for batch in seen]
@@ -86,7 +86,7 @@ def test_transformers_weights_are_the_ones_judged():
 def test_one_segment_is_contiguous_text():
     run = make("one segment")
     batch = run.load_batch(1)
-    assert batch["inp_k"][:510, 0].tolist() == run.ids[256 : 256 + 510].tolist() and "seg_id" not in batch
+    assert batch["inp_k"][:510, 0].tolist() == run.text.ids[256 : 256 + 510].tolist() and "seg_id" not in batch
     assert batch["inp_k"][510:, 0].tolist() == [run.vocab.sep_id, run.vocab.cls_id]
     assert torch.equal(batch["target"][:80, 0], batch["inp_k"][batch["target_mapping"][:80, 0], 0])
 

@@ -146,16 +146,34 @@ def test_memory_is_carried_and_reset_each_pass(capsys, monkeypatch, rows, per_pa
 def test_rows_take_turns():
     """Each step has the next window of the next row; a long text is cut into more rows, a page is not."""
     run = main.Run(arguments(*SMALL, "--rows", "3"))
-    row_len = len(run.ids) // 3
+    row_len = len(run.text.ids) // 3
     for step in range(12):
         row, window = step % 3, step // 3
         begin = row * row_len + 32 * window
-        assert run.load_batch(step)["inp_k"][:32, 0].tolist() == run.ids[begin : begin + 32].tolist()
+        assert run.load_batch(step)["inp_k"][:32, 0].tolist() == run.text.ids[begin : begin + 32].tolist()
     assert main.Run(arguments()).args.rows == 1
     assert main.Run(arguments(*SMALL)).args.rows == 3  # 125 windows, 32 and more in each
     assert main.Run(arguments(*SMALL, "--batch_size", "2")).args.rows == 2
     tiny = "--seq_len 16 --reuse_len 4 --perm_size 4 --num_predict 2".split()
     assert main.Run(arguments(*tiny)).args.rows == 16
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_memory_of_a_row_never_reaches_another(changed):
+    """Two rows a step, two turns: with other text in one row, the memory of the three others stays as it was."""
+    mems = []
+    for other in (False, True):
+        run = main.Run(arguments(*SMALL, "--dropout", "0", "--dropatt", "0", "--learning_rate", "0", "--rows", "4",
+                                 "--batch_size", "2"))
+        if other:
+            row = run.groups[1][changed]
+            run.groups[1][changed] = row._replace(ids=np.roll(row.ids, 7))
+        for _ in range(8):
+            run.train_step()
+        mems.append([torch.stack(turn) for turn in run.mems])
+    assert torch.equal(mems[0][0], mems[1][0])
+    assert torch.equal(mems[0][1][:, :, 1 - changed], mems[1][1][:, :, 1 - changed])
+    assert not torch.equal(mems[0][1][:, :, changed], mems[1][1][:, :, changed])
 
 
 def test_a_batch_depends_on_text_seed_and_step_alone(capsys):
@@ -249,7 +267,7 @@ def test_parameter_groups_cover_everything_once():
 
 
 def test_unigram_entropy():
-    assert main.unigram_entropy(np.array([3, 3, 5, 9])) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
+    assert main.unigram_entropy(np.array([0, 2, 1, 0, 1])) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
 
 
 def test_lm_loss_ignores_empty_slots():
@@ -267,8 +285,9 @@ def test_lm_loss_of_bfloat16_logits_is_not_rounded():
 
 def test_defaults_are_the_documented_ones():
     args = arguments()
-    assert vars(args) | dict(data=Path(args.data).name) == dict(
-        data="data.txt", tokenizer="bert-base-uncased", seq_len=512, reuse_len=256, perm_size=256, bi_data=False,
+    assert args.data == [str(ROOT / "data.txt")] and Path(args.cache_dir).name == "xlnet"
+    assert {key: value for key, value in vars(args).items() if key not in ("data", "cache_dir")} == dict(
+        tokenizer="bert-base-uncased", seq_len=512, reuse_len=256, perm_size=256, bi_data=False,
         mask_alpha=6, mask_beta=1, num_predict=85, mem_len=384, num_step=100, train_steps=None, n_layer=6, n_head=4,
         d_head=8, d_model=32, d_inner=32, dropout=0.0, dropatt=0.0, ff_activation="relu", attn_type="bi", clamp_len=-1,
         same_length=False, init="local", init_std=None, batch_size=1, rows=None, weight_decay=0.01, adam_epsilon=1e-8,
@@ -312,7 +331,7 @@ def files(tmp_path_factory):
     ("--reuse_len 64 --perm_size 64 --num_predict 129", ["--num_predict 129", "at most 128"]),
     ("--reuse_len 480 --perm_size 32 --num_predict 66", ["--num_predict 66", "at most 65"]),
     ("--mask_alpha 2 --mask_beta 3", ["--mask_beta 3", "--mask_alpha 2"]),
-    ("--batch_size 3 --bi_data True", ["--batch_size 3", "try 4"]),
+    ("--batch_size 3 --bi_data True", ["--batch_size 3", "--bi_data True", "try 4"]),
     ("--rows 5 --batch_size 2", ["--rows 5", "--batch_size 2", "try 4"]),
     ("--rows 1 --bi_data True", ["--rows 1", "--batch_size 2", "try 2"]),
     ("--rows 8", ["data.txt", "4015 tokens and needs 4096", "smaller --seq_len or --rows"]),

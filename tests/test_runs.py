@@ -374,9 +374,10 @@ def test_validation_is_the_mean_over_all_targets(run, tmp_path, short_text):
     model = XLNet.from_pretrained(tmp_path / "run" / "checkpoint-2").eval()
     tokenizer = data_utils.load_tokenizer("bert-base-uncased")
     vocab = data_utils.vocabulary(tokenizer)
-    [rows] = data_utils.batchify(*data_utils.read_text(short_text / "valid.txt", tokenizer), 1, 1, False)
+    text = data_utils.read_text([short_text / "valid.txt"], tokenizer, vocab, tmp_path / "cache")
+    [rows] = data_utils.batchify(text.ids, text.cuts, 1, 1, False)
     costs, mems = [], None
-    for batch in data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, np.random.default_rng(0)):
+    for batch in data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, [np.random.default_rng(0)]):
         target, target_mask = batch.pop("target"), batch.pop("target_mask")
         logits, mems = model(**batch, mems=mems)
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
