@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import string
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -52,8 +53,11 @@ class Vocabulary(NamedTuple):
     cls_id: int
     pad_id: Optional[int]  # None: the vocabulary has no such piece, and the next
     eod_id: Optional[int]  # ends a document
+    unk_id: int  # stands for what is in no piece
+    bos_id: int  # what transformers is told of the beginning and the end of a sequence
+    eos_id: int
     word_start: np.ndarray  # [size] bool, by id: the piece begins a word
-    digest: str  # sha256 of the pieces
+    digest: str  # sha256 of the pieces and of the treatment of text
 
 
 class Text(NamedTuple):
@@ -82,34 +86,85 @@ class Row(NamedTuple):
         return bisect.bisect_left(range(len(self.cuts)), position, key=self.cut)
 
 
-def load_tokenizer(name_or_path):
-    """Return the WordPiece tokenizer of a known name, a vocab.txt, or a directory that holds one.
+class SentencePiece:
+    """A SentencePiece model and the official treatment of text, with the methods of BertTokenizer that are used here.
 
-    A vocabulary with a capital letter in any piece is a cased one, and its text keeps its case.
+    A tokenizer_config.json beside the model, as transformers writes it, may set do_lower_case and keep_accents.
+
+    Source: official prepro_utils.preprocess_text and encode_pieces.
+    """
+
+    def __init__(self, path):
+        import sentencepiece  # only who has such a model needs the package
+
+        self.vocab_file = path
+        self.config = {"tokenizer_class": "XLNetTokenizer", "do_lower_case": False, "keep_accents": False}
+        beside = path.with_name("tokenizer_config.json")
+        if beside.is_file():
+            given = json.loads(beside.read_text(encoding="utf-8"))
+            self.config |= {name: given[name] for name in ("do_lower_case", "keep_accents") if name in given}
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab = {self.processor.id_to_piece(i): i for i in range(self.processor.get_piece_size())}
+
+    def tokenize(self, text):
+        """Return the pieces of a text; a comma after digits is a piece of its own."""
+        text = " ".join(text.split()).replace("``", '"').replace("''", '"')
+        if not self.config["keep_accents"]:
+            text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+        if self.config["do_lower_case"]:
+            text = text.lower()
+        pieces = []
+        for piece in self.processor.encode(text, out_type=str):
+            if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit():
+                number = self.processor.encode(piece[:-1].replace("▁", ""), out_type=str)
+                if piece[0] != "▁":  # it goes on a word: take off the mark that encoding it alone gave it
+                    number = [number[0].removeprefix("▁"), *number[1:]]
+                pieces += [part for part in number if part] + [","]
+            else:
+                pieces.append(piece)
+        return pieces
+
+    def convert_tokens_to_ids(self, pieces):
+        return [self.processor.piece_to_id(piece) for piece in pieces]
+
+
+def load_tokenizer(name_or_path):
+    """Return the tokenizer of a known name, a vocab.txt, a SentencePiece .model, or a directory that holds one.
+
+    A WordPiece vocabulary with a capital letter in any piece is a cased one, and its text keeps its case.
 
     Raises ValueError if it is none of these, or not a vocabulary.
     """
     path = VOCAB_DIR / TOKENIZERS[name_or_path] if name_or_path in TOKENIZERS else Path(name_or_path)
     if path.is_dir():
-        path = path / "vocab.txt"
+        path = next((path / name for name in ("spiece.model", "vocab.txt") if (path / name).is_file()), path)
     if not path.is_file():
         known = ", ".join(TOKENIZERS)
-        raise ValueError(f"no known tokenizer and no vocabulary; give {known}, a vocab.txt or a directory with one")
+        raise ValueError(f"no known tokenizer and no vocabulary; give {known}, a vocab.txt, a SentencePiece .model, or "
+                         f"a directory with one")
+    if path.suffix == ".model":
+        try:
+            return SentencePiece(path)
+        except ImportError:
+            raise ValueError("needs a package that is not here; pip install sentencepiece") from None
+        except RuntimeError:
+            raise ValueError("not a SentencePiece model; give the .model file that its training wrote") from None
     try:
         pieces = path.read_text(encoding="utf-8").split()
         cased = any(piece != piece.lower() for piece in pieces if piece[0] not in "[<")  # [SEP] and its kin aside
         tokenizer = BertTokenizer(str(path), do_lower_case=not cased)
-        tokenizer.vocab_file = path  # see save_tokenizer
+        tokenizer.vocab_file, tokenizer.config = path, {"tokenizer_class": "BertTokenizer", "do_lower_case": not cased}
         return tokenizer
     except UnicodeDecodeError:
         raise ValueError("not a vocabulary; give a UTF-8 text file with one word piece a line") from None
 
 
 def save_tokenizer(tokenizer, directory):
-    """Write vocab.txt and tokenizer_config.json, from which transformers' AutoTokenizer gives the same ids."""
-    shutil.copyfile(tokenizer.vocab_file, Path(directory) / "vocab.txt")
-    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.basic_tokenizer.do_lower_case}
-    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Write the vocabulary and tokenizer_config.json, from which transformers' AutoTokenizer gives the same ids."""
+    name = "spiece.model" if isinstance(tokenizer, SentencePiece) else "vocab.txt"
+    shutil.copyfile(tokenizer.vocab_file, Path(directory) / name)
+    config = json.dumps(tokenizer.config, indent=2) + "\n"
+    (Path(directory) / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
 def is_start_piece(piece):
@@ -130,13 +185,15 @@ def vocabulary(tokenizer):
     if missing:
         raise ValueError(f"the vocabulary has no {' and no '.join(names[0] for names in missing)}; add it as a line")
     size = max(tokenizer.vocab.values()) + 1
-    sentence_piece = any(piece.startswith("▁") for piece in tokenizer.vocab)
+    sentence_piece = isinstance(tokenizer, SentencePiece)
     word_start = np.zeros(size, dtype=bool)
     for piece, i in tokenizer.vocab.items():
         word_start[i] = is_start_piece(piece) if sentence_piece else not piece.startswith("##")
-    digest = hashlib.sha256("\n".join(tokenizer.vocab).encode()).hexdigest()
-    return Vocabulary(size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("[PAD]", "<pad>"), find("<eod>"),
-                      word_start, digest)
+    content = json.dumps(tokenizer.config) + sha256(tokenizer.vocab_file)
+    return Vocabulary(
+        size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("[PAD]", "<pad>"), find("<eod>"),
+        find("[UNK]", "<unk>"), find("[CLS]", "<s>", "<cls>"), find("[SEP]", "</s>", "<sep>"), word_start,
+        hashlib.sha256(content.encode()).hexdigest())
 
 
 def read_text(paths, tokenizer, vocab, cache_dir):
@@ -247,13 +304,18 @@ def cut_file(path, separate):
 
 @functools.lru_cache(maxsize=1)
 def encoder(vocab_file):
-    """Return the function from a line to its ids. No word piece crosses a space: each word is tokenized once."""
+    """Return the function from a line to its ids.
+
+    BERT's tokenizer is slow, and none of its pieces crosses a space: it is given words, and the frequent ones once.
+    """
     tokenizer = load_tokenizer(vocab_file)
 
-    @functools.lru_cache(maxsize=WORDS)
-    def encode_word(word):
-        return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+    def encode(text):
+        return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
 
+    if isinstance(tokenizer, SentencePiece):
+        return encode
+    encode_word = functools.lru_cache(maxsize=WORDS)(encode)
     return lambda line: [i for word in line.split(" ") for i in encode_word(word)]
 
 

@@ -45,6 +45,7 @@ MAY_CHANGE = {  # when a run goes on; text and vocabulary are compared by conten
 }
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
 MAX_TURNS, TURN_WINDOWS = 16, 32  # default of --rows: at most so many groups, of at least so many windows a row
+UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
 METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per_second", "validation_cost")
 
 
@@ -122,8 +123,8 @@ def build_parser():
          "documents (default: data.txt beside main)", nargs="+", **file)
     flag("cache_dir", None, "where a text is kept as word pieces once it has been tokenized (default: xlnet in "
          "$XDG_CACHE_HOME, or in ~/.cache)", **folder)
-    flag("tokenizer", "bert-base-uncased", f"{', '.join(data_utils.TOKENIZERS)}, a vocab.txt or a directory with one",
-         metavar="NAME")
+    flag("tokenizer", "bert-base-uncased", f"{', '.join(data_utils.TOKENIZERS)}, a vocab.txt, a SentencePiece .model, "
+         "or a directory with one of them", metavar="NAME")
     flag("seq_len", 512, "tokens in a window", **number(int, 5))
     flag("reuse_len", 256, "tokens at a window's beginning that become memory; the next window begins after them",
          **positive)
@@ -203,7 +204,7 @@ def settle(given, state=None):
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--init_checkpoint {source}: {error}; give the folder of an XLNet") from None
         fixed = {name: config[name] for name in SHAPE if name in config}
-        if (Path(source) / "vocab.txt").is_file():
+        if any((Path(source) / name).is_file() for name in ("vocab.txt", "spiece.model")):
             fixed["tokenizer"] = source
     for name, value in given.items():
         if name in fixed and name not in MAY_CHANGE and value != fixed[name]:
@@ -331,9 +332,10 @@ def save_checkpoint(args, run, state):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        # transformers' BERT tokenizer puts [CLS] first: that is where fine-tuning has to look
-        run.model.save_pretrained(temporary, summary_type="first", pad_token_id=run.vocab.pad_id,
-                                  bos_token_id=run.vocab.cls_id, eos_token_id=run.vocab.sep_id)
+        # transformers' BERT tokenizer puts [CLS] first: that is where fine-tuning has to look; XLNet's puts it last
+        summary_type = "first" if "[CLS]" in run.tokenizer.vocab else "last"
+        run.model.save_pretrained(temporary, summary_type=summary_type, pad_token_id=run.vocab.pad_id,
+                                  bos_token_id=run.vocab.bos_id, eos_token_id=run.vocab.eos_id)
         data_utils.save_tokenizer(run.tokenizer, temporary)
         torch.save(state, temporary / "trainer_state.pt")
         sums = [f"{data_utils.sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
@@ -766,11 +768,14 @@ def stop_signals():
 
 def train(run, args):
     """Print a line for each step until the run is over, save and evaluate on the way, and return the final metrics."""
-    entropy = unigram_entropy(run.text.counts)
+    entropy, unknown = unigram_entropy(run.text.counts), run.text.counts[run.vocab.unk_id] / len(run.text.ids)
+    if unknown > UNKNOWN:
+        warn(f"--tokenizer {args.tokenizer} does not know {unknown:.1%} of the text's pieces; make a vocabulary of its "
+             f"own, see the README")
     print(
         f"XLNet of {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device.type}; "
-        f"{names([Path(path).name for path in args.data])}: {len(run.text.ids):,} tokens, unigram entropy "
-        f"{entropy:.3f}; {run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
+        f"{names([Path(path).name for path in args.data])}: {len(run.text.ids):,} tokens, {unknown:.1%} unknown, "
+        f"unigram entropy {entropy:.3f}; {run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
     waiting = []  # metrics of steps that are not reported yet
     metrics = {}
 

@@ -347,13 +347,17 @@ class XLNet(nn.Module):
         """
         arguments = read_config(directory) | overrides
         model = cls(**arguments)
-        found = load_file(Path(directory) / "model.safetensors")
+        path = Path(directory) / "pytorch_model.bin"  # of older transformers
+        if path.is_file() and not path.with_name("model.safetensors").is_file():
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = load_file(path.with_name("model.safetensors"))
         weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
         weights.setdefault("lm_loss.bias", torch.zeros(arguments["n_token"]))  # XLNetModel has no head
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name not in weights or weights[name].shape != parameter.shape:
-                    raise ValueError(f"{name} is missing in model.safetensors, or not {list(parameter.shape)}")
+                    raise ValueError(f"{name} is missing, or not {list(parameter.shape)}")
                 parameter.copy_(weights[name])
         return model
 

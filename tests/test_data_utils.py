@@ -21,7 +21,7 @@ def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
     word_start[[SEP, CLS]] = True
     cuts = np.flatnonzero(rng.random(row_len) < 1 / sentence)
     row = Row(rng.integers(SEP, size=row_len), cuts[cuts > 0], backward)
-    return row, Vocabulary(N_TOKEN, SEP, CLS, None, None, word_start, "")
+    return row, Vocabulary(N_TOKEN, SEP, CLS, None, None, 0, CLS, SEP, word_start, "")
 
 
 @st.composite
