@@ -12,6 +12,7 @@ comes out as "the target of a position is the token there", the second is never 
 All randomness is drawn from the numpy Generator passed in.
 """
 
+import argparse
 import bisect
 import codecs
 import contextlib
@@ -601,3 +602,45 @@ def create_batches(rows, vocab, seq_len, reuse_len, *others):
     """Yield the batches of a pass, from the first window to the last; arguments as of `create_batch`."""
     for window in range(n_windows(len(rows[0].ids), seq_len, reuse_len)):
         yield create_batch(rows, window, vocab, seq_len, reuse_len, *others)
+
+
+def show(text, tokenizer, seed):
+    """Print a factorization order over a text, its targets, and who must not see whom in either stream.
+
+    A third of the pieces is to be predicted, more than in training, so that there is something to look at.
+    """
+    rng, vocab = np.random.default_rng(seed), vocabulary(tokenizer)
+    pieces = [*tokenizer.tokenize(text), "[SEP]"]
+    ids = np.array([*tokenizer.convert_tokens_to_ids(pieces[:-1]), vocab.sep_id])
+    functional = np.arange(len(ids)) == len(ids) - 1
+    is_masked = sample_mask(vocab.word_start[ids], 2, 1, max(1, len(ids) // 3), rng)
+    rank, is_target = local_perm(is_masked, functional, len(ids), rng)
+    query = perm_mask(rank, is_target).astype(int)
+    content = np.where(np.eye(len(ids)), 0, query)
+    order = [i for i in np.argsort(rank) if rank[i] >= 0]
+    lines = [("", "", "place", "content stream", "query stream: 1 = must not see"),
+             ("", "", "", *[" ".join(str(i % 10) for i in range(len(ids)))] * 2)]
+    for i, piece in enumerate(pieces):
+        place = str(order.index(i) + 1) if i in order else "given"
+        lines.append((str(i), piece, place, " ".join(map(str, content[i])),
+                      " ".join(map(str, query[i])) if is_target[i] else ""))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"order: {', '.join(pieces[i] for i in order)}; to be predicted: {', '.join(np.array(pieces)[is_target])}\n")
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=f"{show.__doc__.splitlines()[0]} See the README, \"How it works\".")
+    parser.add_argument("--text", default="the cat sat on the mat", help="a sentence (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="bert-base-uncased", help="as of main.py (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the targets (default: 0)")
+    options = parser.parse_args()
+    try:
+        show(options.text, load_tokenizer(options.tokenizer), options.seed)
+    except ValueError as error:
+        parser.error(f"--tokenizer {options.tokenizer}: {error}")
+
+
+if __name__ == "__main__":
+    main()

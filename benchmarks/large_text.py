@@ -5,7 +5,7 @@
 
 Writes a synthetic text of each size, seeded: words of BERT's vocabulary and made-up ones, as frequent as Zipf's law has
 them, in sentences of 5 to 40 words, 20 sentences a document. For each, `python main.py --train_steps 1` with an empty
-cache, then `--train_steps 200` with a full one: seconds to the first step, and the most memory that the command and its
+cache, then some more steps with a full one: seconds to the first step, and the most memory that the command and its
 processes have had at once (resident; a page of the text that is mapped counts as long as nobody needs its place).
 """
 
@@ -85,6 +85,7 @@ def benchmark():
     parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100, 1000], help="(default: 10 100 1000)")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, len(os.sched_getaffinity(0))],
                         help="that tokenize (default: 1, and one a core)")
+    parser.add_argument("--steps", type=int, default=200, help="of the second run (default: 200)")
     parser.add_argument("--folder", type=Path, help="where texts are written and kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
@@ -95,13 +96,13 @@ def benchmark():
         if not texts[-1].exists():
             write(texts[-1], megabytes)
     print("| text, MB | processes | first start, s to the first step | MB/s | peak MB | next start, s | "
-          "peak MB, 200 steps |\n|---|---|---|---|---|---|---|")
+          f"peak MB, {options.steps} steps |\n|---|---|---|---|---|---|---|")
     for path in texts:
         megabytes = path.stat().st_size / 10**6
         for processes in options.processes:
             cache = Path(tempfile.mkdtemp(dir=folder))
             first, peak = run(path, cache, 1, processes)
-            again, peak_training = run(path, cache, 200, processes)
+            again, peak_training = run(path, cache, options.steps, processes)
             speed = f"{megabytes / (first - again):.1f}" if first > again + 1 else ""  # a page is no measure
             print(f"| {megabytes:.4g} | {processes} | {first:.1f} | {speed} | {peak:.0f} | {again:.1f} | "
                   f"{peak_training:.0f} |", flush=True)

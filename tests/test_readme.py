@@ -1,0 +1,132 @@
+"""Every command of the README runs, for a few steps, in a folder as the README supposes it; what it shows is true."""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import transformers
+from nbclient import NotebookClient
+
+import data_utils
+import main
+
+sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
+import learning
+
+ROOT = Path(main.__file__).parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if not language]
+COMMANDS = [line.removeprefix("$ ") for block in BLOCKS for line in re.sub(r" *\\\n +", " ", block).split("\n")
+            if re.match(r"(\$ )?(python|torchrun) ", line) and " -c " not in line]
+ELSEWHERE = ("main.py", "data_utils.py", "probe.py")  # the last needs a checkpoint; test_benchmarks.py has its parts
+SHORT = {  # what is appended, and so counts
+    "corpus.py": "",
+    "learning.py": "--seeds 0 --jobs 1 --data long.txt --valid data.txt --csv t.csv --png t.png",
+    "step_time.py": "--steps 1 --shapes default --batch_size 1",
+    "pipeline.py": "--passes 1",
+    "checkpoint_cost.py": "--steps 2 --pairs 1",
+    "large_text.py": "--megabytes 1 --processes 1 --steps 2",
+    "figures.py": "--passes 1",
+}
+
+
+def script(command):
+    return re.search(r"\w+\.py", command).group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the project with the files that a reader is supposed to have."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    shutil.copytree(ROOT, folder, ignore=lambda where, names: {".git", "corpus", "out", "tests"} & set(names))
+    text = (folder / "data.txt").read_text()
+    for name in ("books", "corpus"):
+        (folder / name).mkdir()
+    for name in ("held_out.txt", "domain.txt", "books/1.txt", "books/2.txt", "corpus/train.txt", "corpus/valid.txt"):
+        (folder / name).write_text(text * 2)
+    (folder / "long.txt").write_text(text * 10)
+    released = folder / "xlnet-base-cased"
+    config = transformers.XLNetConfig(vocab_size=30522, d_model=32, n_layer=2, n_head=4, d_inner=32)
+    transformers.XLNetLMHeadModel(config).save_pretrained(released)
+    shutil.copy(folder / "vocab" / "bert-base-uncased.txt", released / "vocab.txt")
+    published = json.loads((released / "config.json").read_text()) | {"mem_len": None, "reuse_len": None}
+    (released / "config.json").write_text(json.dumps(published))
+    return folder
+
+
+def run(command, folder, extra):
+    """Run a command shortened: with more flags, few updates, and the first two variants of a list."""
+    for long, short in ((r"--updates \d+", "--updates 2"), (r"--minutes \d+", "--minutes 0.01"),
+                        (r"(--variants default \"[^\"]+\").* (?=--|$)", r"\1 ")):
+        command = re.sub(long, short, f"{command} ")
+    command += extra
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands_that_train(folder):
+    """One after the other; --resume goes on with what the one before has left."""
+    training = [command for command in COMMANDS if script(command) == "main.py"]
+    assert len(training) == 9
+    for command in training:
+        resumed = "--resume" in command
+        if not resumed:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+        out = run(command, folder, "--num_step 1 --train_steps 4" if resumed else "--train_steps 2")
+        assert out.count("Step cost") == 2, command
+
+
+@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if script(command) in SHORT}))
+def test_other_commands(folder, command):
+    run(command, folder, SHORT[script(command)])
+
+
+def test_variants_exist():
+    for command in COMMANDS:
+        words = iter(shlex.split(command))
+        if "--variants" in words:  # which goes on behind it
+            names = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+            assert len(names) > 1 and set(names) <= set(learning.VARIANTS)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if script(command) == "data_utils.py"])
+def test_the_terminal_view_is_the_one_shown(folder, command):
+    assert f"$ {command}\n{run(command, folder, '')}```" in README
+
+
+def test_the_flags_shown_are_those_of_help(monkeypatch):
+    """Blanks and the way in which two names are put aside, which depend on Python."""
+    monkeypatch.setenv("COLUMNS", "120")
+    text = main.build_parser().format_help().replace("--num_step, ", "--num_step N, ")
+    assert " ".join(text[text.index("\ndata:\n") :].split()) in " ".join(README.split())
+
+
+def test_the_order_worked_by_hand():
+    """The README's example: the, given; sat, first; [SEP], second; cat, last."""
+    rows = re.findall(r"^ +(?:the|cat|sat|SEP) +([01]) +([01]) +([01]) +([01]) ", README, re.M)
+    mask = data_utils.perm_mask(np.array([-1, 3, 0, 1]), np.array([False, True, True, False]))
+    assert np.array_equal(np.array(rows, dtype=int), mask)
+
+
+def test_the_notebook_runs(folder):
+    notebook = nbformat.read(folder / "docs" / "walkthrough.ipynb", as_version=4)
+    shown = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder / "docs")}}).execute()
+    again = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert shown[:3] == again[:3] and len(shown) == len(again)  # text, window and order do not round
+
+
+def test_no_command_is_left_out():
+    for command in COMMANDS:
+        assert script(command) in SHORT or script(command) in ELSEWHERE, command
