@@ -122,6 +122,8 @@ def test_the_order_worked_by_hand():
 def test_the_notebook_runs(folder):
     notebook = nbformat.read(folder / "docs" / "walkthrough.ipynb", as_version=4)
     shown = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"--num_step", "40"', '"--num_step", "2"')
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder / "docs")}}).execute()
     again = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
     assert shown[:3] == again[:3] and len(shown) == len(again)  # text, window and order do not round
