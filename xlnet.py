@@ -19,6 +19,7 @@ import inspect
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -349,7 +350,10 @@ class XLNet(nn.Module):
         model = cls(**arguments)
         path = Path(directory) / "pytorch_model.bin"  # of older transformers
         if path.is_file() and not path.with_name("model.safetensors").is_file():
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError("pytorch_model.bin holds more than tensors and may run code") from None
         else:
             found = load_file(path.with_name("model.safetensors"))
         weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}

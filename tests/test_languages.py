@@ -251,6 +251,9 @@ def test_weights_in_the_older_format(released, tmp_path):
     torch.save(theirs, tmp_path / "pytorch_model.bin")
     found = XLNet.from_pretrained(tmp_path, mem_len=4, reuse_len=4).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected | found)
+    torch.save({"where": tmp_path}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        XLNet.from_pretrained(tmp_path, mem_len=4, reuse_len=4)
 
 
 @pytest.mark.parametrize("flags, words", [
