@@ -340,10 +340,10 @@ def encode_chunk(chunk, vocab_file, eod_id):
         lines.pop()
     if chunk.separate:
         lines.insert(0, "")
-    ids, begins = [], []
+    encode, ids, begins = encoder(vocab_file), [], []
     for line in lines:
         line = line.strip()
-        sentence = encoder(vocab_file)(line) if line else [] if goes_on or eod_id is None else [eod_id]
+        sentence = encode(line) if line else [] if goes_on or eod_id is None else [eod_id]
         if sentence and not goes_on:
             begins.append(len(ids))
         ids.extend(sentence)

@@ -212,11 +212,21 @@ def settle(given, state=None):
     args = argparse.Namespace(**build_parser().defaults | fixed | given)
     args.data = args.data or [str(Path(__file__).resolve().parent / "data.txt")]
     args.cache_dir = args.cache_dir or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlnet")
-    args.batch_size = args.batch_size or Process.this().world_size * (2 if args.bi_data else 1)
+    args.batch_size = args.batch_size or smallest_batch(args)
     if args.num_step is None and args.train_steps is None:
         args.num_step = 100
     check_flags(args)
     return args
+
+
+def smallest_batch(args):
+    """Return of how many rows a batch is a multiple: one for each process, with bi_data one in each direction."""
+    return Process.this().world_size * (2 if args.bi_data else 1)
+
+
+def on_gpu(args):
+    """Return whether a run computes on a GPU."""
+    return args.device != "cpu" and torch.cuda.is_available()
 
 
 def check_flags(args):
@@ -226,8 +236,7 @@ def check_flags(args):
     near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
     largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
     rows = args.rows or args.batch_size
-    process = Process.this()
-    each = process.world_size * (2 if args.bi_data else 1)
+    process, each = Process.this(), smallest_batch(args)
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     for wrong, message in (
         (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
@@ -322,11 +331,12 @@ def open_output_dir(output_dir, resumed):
         raise UserError(f"--output_dir {output_dir} holds a run already; go on with --resume, or give another folder")
 
 
-def save_checkpoint(args, run, state):
+def save_checkpoint(run, state):
     """Write checkpoint-<step>, state in it, under a temporary name until it is whole on the disk; drop the oldest ones.
 
     Raises OSError if that fails; the earlier checkpoints stay as they are.
     """
+    args = run.args
     checkpoint = Path(args.output_dir) / f"checkpoint-{run.step}"
     temporary = Path(args.output_dir) / f".checkpoint-{run.step}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -562,7 +572,7 @@ class Run:
             flag = "resume" if state else "init_checkpoint"
             raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
         self.device = torch.device("cpu")
-        if args.device != "cpu" and torch.cuda.is_available():
+        if on_gpu(args):
             self.device = torch.device("cuda", self.process.local_rank)
             torch.cuda.set_device(self.device)
         self.model = self.network = model.to(self.device)
@@ -766,8 +776,9 @@ def stop_signals():
             signal.signal(signum, handler)
 
 
-def train(run, args):
+def train(run):
     """Print a line for each step until the run is over, save and evaluate on the way, and return the final metrics."""
+    args = run.args
     entropy, unknown = unigram_entropy(run.text.counts), run.text.counts[run.vocab.unk_id] / len(run.text.ids)
     if unknown > UNKNOWN:
         warn(f"--tokenizer {args.tokenizer} does not know {unknown:.1%} of the text's pieces; make a vocabulary of its "
@@ -800,7 +811,7 @@ def train(run, args):
             if save:
                 state = run.state_dict()
                 if run.process.rank == 0:
-                    save_checkpoint(args, run, state)
+                    save_checkpoint(run, state)
                     draw_loss(args.output_dir)
             if stopped:
                 saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
@@ -831,11 +842,11 @@ def main(argv=None):
         if args.output_dir and process.rank == 0:
             open_output_dir(args.output_dir, resumed=state is not None)
         if process.world_size > 1:
-            on_gpu = args.device != "cpu" and torch.cuda.is_available()
             # one of them may evaluate or tokenize for long while the others wait
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+            backend = "cpu:gloo,cuda:nccl" if on_gpu(args) else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         with contextlib.redirect_stdout(None if process.rank else sys.stdout):
-            metrics = train(Run(args, state), args)
+            metrics = train(Run(args, state))
         if process.world_size > 1:
             dist.destroy_process_group()
         return metrics

@@ -22,25 +22,23 @@ import main
 
 def timed_run(steps, *flags):
     """Return the seconds that `steps` steps take."""
-    args = main.settle(vars(main.build_parser().parse_args(["--train_steps", str(steps), *flags])))
-    run = main.Run(args)
+    run = main.Run(main.settle(vars(main.build_parser().parse_args(["--train_steps", str(steps), *flags]))))
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        main.train(run, args)
+        main.train(run)
     return time.perf_counter() - begin
 
 
 def time_of_saving(count):
     """Return the seconds that each of `count` checkpoints of a run takes, memory and optimizer state included."""
     folder = tempfile.mkdtemp()
-    args = main.settle({"train_steps": 3, "output_dir": folder})
-    run = main.Run(args)
+    run = main.Run(main.settle({"train_steps": 3, "output_dir": folder}))
     with contextlib.redirect_stdout(io.StringIO()):
-        main.train(run, args)
+        main.train(run)
     seconds = []
     for _ in range(count):
         begin = time.perf_counter()
-        main.save_checkpoint(args, run, run.state_dict())
+        main.save_checkpoint(run, run.state_dict())
         seconds.append(time.perf_counter() - begin)
     shutil.rmtree(folder)
     return seconds

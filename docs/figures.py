@@ -34,11 +34,6 @@ def save(figure, name):
     figure.savefig(DOCS / f"{name}.png", dpi=110)
 
 
-def words(tokenizer, ids):
-    piece = {i: piece for piece, i in tokenizer.vocab.items()}
-    return [piece[int(i)] for i in ids]
-
-
 def draw_order(run):
     """Two halves of a window of 16: an order, and the masks of both streams, words on both axes."""
     flags = dict(seq_len=16, reuse_len=8, num_predict=6, mask_alpha=2, mask_beta=1)
@@ -47,7 +42,7 @@ def draw_order(run):
     arrays = data_utils.permute(feature, 8, 8, 6, rng)
     rank, is_target = arrays["perm_mask"], arrays["inp_q"] > 0
     blocked = data_utils.perm_mask(rank, is_target)
-    pieces = words(run.tokenizer, arrays["inp_k"])
+    pieces = run.tokenizer.convert_ids_to_tokens(arrays["inp_k"].tolist())
     place = np.full(len(rank), "given", dtype=object)
     in_order = [i for i in np.argsort(rank, kind="stable") if rank[i] not in (-1, 8)]
     for number, i in enumerate(in_order, start=1):
@@ -170,7 +165,7 @@ def draw_attention(passes):
     slot = int((sure - 0.6).abs().argmin())  # neither a riddle nor known by heart
     at = int(batch["target_mapping"][slot, 0])
     begin, end = max(0, at - 12), at + 13
-    pieces = words(run.tokenizer, batch["inp_k"][:, 0])
+    pieces = run.tokenizer.convert_ids_to_tokens(batch["inp_k"][:, 0].tolist())
     best, which = share[slot].topk(5)
     blocked = data_utils.perm_mask(batch["perm_mask"][:, 0].numpy(), batch["inp_q"][:, 0].numpy())[at, begin:end] > 0
     figure = new_figure(11, 4.2)
@@ -184,7 +179,7 @@ def draw_attention(passes):
     left.set_ylabel("attention, mean of layers and heads")
     left.set_title("orange: the target; grey: words that it may not see")
     right.barh(range(5), best, color=GREEN)
-    right.set_yticks(range(5), words(run.tokenizer, which))
+    right.set_yticks(range(5), run.tokenizer.convert_ids_to_tokens(which.tolist()))
     right.invert_yaxis()
     right.set_xlabel("probability")
     right.set_title("five likeliest")
