@@ -14,7 +14,6 @@ All randomness is drawn from the numpy Generator passed in.
 
 import argparse
 import bisect
-import codecs
 import contextlib
 import functools
 import hashlib
@@ -42,7 +41,7 @@ TOKENIZERS = {  # the large models were published with the vocabulary of the bas
     "bert-large-cased": "bert-base-cased.txt",
 }
 MAX_GRAM = 5  # longest span, in word pieces
-CHUNK = 2**20  # bytes of text that are tokenized together
+CHUNK = 2**20  # characters of text that are tokenized together
 WORDS = 2**16  # whose ids are remembered while a text is tokenized
 
 
@@ -67,7 +66,7 @@ class Text(NamedTuple):
     ids: np.ndarray  # [n_tokens] uint16, or int32 where the vocabulary needs it
     cuts: np.ndarray  # [n_sentences - 1] int64, ascending: where every sentence but the first begins
     counts: np.ndarray  # [size of the vocabulary] int64: how often each id occurs
-    digest: str  # sha256 of ids and of cuts
+    digest: str  # of the content of its files and of the vocabulary
 
 
 class Row(NamedTuple):
@@ -242,65 +241,62 @@ def open_text(folder):
             return None
     except (OSError, ValueError, KeyError):
         return None
-    return Text(np.asarray(ids), np.asarray(begins[1:]), np.array(about["counts"]), about["digest"])
+    return Text(np.asarray(ids), np.asarray(begins[1:]), np.array(about["counts"]), folder.name)
 
 
 def tokenize(paths, tokenizer, vocab, folder):
     """Tokenize files, on all cores, into a folder: ids, begins (of sentences, int64) and about.json."""
     dtype = np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
-    chunks = [chunk for i, path in enumerate(paths) for chunk in cut_file(path, separate=i > 0)]
     size = sum(map(os.path.getsize, paths))
-    jobs = min(joblib.cpu_count(), 1 + size // CHUNK)
-    parallel = joblib.Parallel(jobs, return_as="generator", idle_worker_timeout=5)
-    encoded = parallel(joblib.delayed(encode_chunk)(chunk, tokenizer.vocab_file, vocab.eod_id) for chunk in chunks)
-    counts, sentences, has_text = np.zeros(vocab.size, dtype=np.int64), 0, False
-    digests = hashlib.sha256(), hashlib.sha256()
-    with open(folder / "ids", "wb") as ids_file, open(folder / "begins", "wb") as begins_file, tqdm(
-        desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None
-    ) as progress, contextlib.closing(encoded):
-        files = ids_file, begins_file
-        for chunk, (ids, begins) in zip(chunks, encoded):
-            has_text = (chunk.begin > 0 and has_text) or (ids != vocab.eod_id).any()
-            if chunk.last and not has_text:
-                raise ValueError(f"{chunk.path} holds no text; give one with a sentence on each line")
-            for array, file, digest in zip((ids.astype(dtype), begins + counts.sum()), files, digests):
-                file.write(array)
-                digest.update(array)
+    progress = tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
+    parallel = joblib.Parallel(min(joblib.cpu_count(), 1 + size // CHUNK), return_as="generator", idle_worker_timeout=5)
+    encoded = parallel(joblib.delayed(encode_chunk)(chunk, goes_on, tokenizer.vocab_file, vocab.eod_id)
+                       for chunk, goes_on in read_chunks(paths, progress))
+    counts, sentences = np.zeros(vocab.size, dtype=np.int64), 0
+    with (open(folder / "ids", "wb") as ids_file, open(folder / "begins", "wb") as begins_file, progress,
+          contextlib.closing(encoded)):
+        for ids, begins in encoded:
+            ids_file.write(ids.astype(dtype))
+            begins_file.write(begins + counts.sum())
             counts += np.bincount(ids, minlength=vocab.size)
             sentences += len(begins)
-            progress.update(chunk.end - chunk.begin)
-        for file in files:
+        for file in (ids_file, begins_file):
             file.flush()
             os.fsync(file.fileno())
-    about = {"dtype": dtype.name, "sentences": sentences, "digest": "".join(each.hexdigest() for each in digests),
-             "counts": counts.tolist()}
+    about = {"dtype": dtype.name, "sentences": sentences, "counts": counts.tolist()}
     (folder / "about.json").write_text(json.dumps(about))
 
 
-class Chunk(NamedTuple):
-    """A part of a file that is tokenized by itself: whole lines, or words of a line that is very long."""
+def read_chunks(paths, progress):
+    """Yield the text of files in chunks, and whether the first line of a chunk goes on one begun before it.
 
-    path: str
-    begin: int  # byte
-    end: int
-    last: bool  # of its file
-    separate: bool  # the file before ends a document here
+    A chunk is about CHUNK characters long: whole lines, or of a longer line as many words as fit. Between files it has
+    a blank line. progress: a bar that counts bytes
 
-
-def cut_file(path, separate):
-    """Yield the Chunks of a file, each CHUNK bytes long and the rest of a line, or up to a space in it."""
-    size, begin, end = os.path.getsize(path), 0, -1
-    with open(path, "rb") as file:
-        while end < size:
-            file.seek(begin + CHUNK)
-            rest = b"more"
-            while rest and not rest.endswith(b"\n") and b" " not in rest.lstrip():
-                rest = file.readline(CHUNK)
-            end = size if not rest else file.tell()
-            if rest and not rest.endswith(b"\n") and end < size:
-                end -= len(rest) - 1 - rest.rindex(b" ")
-            yield Chunk(path, begin, end, end == size, separate and begin == 0)
-            begin = end
+    Raises ValueError if a file is not UTF-8, or has no letter, digit or punctuation mark.
+    """
+    for i, path in enumerate(paths):
+        rest, more, goes_on, has_text = "\n" * (i > 0), True, False, False
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            while more:
+                try:
+                    more = file.read(CHUNK)
+                except UnicodeDecodeError as error:
+                    with open(path, "rb") as lines:
+                        broken = (n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+                        raise ValueError(f"{path}, line {next(broken)} is not UTF-8 ({error.reason}); "
+                                         f"convert it to UTF-8") from None
+                text = rest + more
+                first = len(text) - len(text.lstrip())
+                end = (text.rfind("\n") + 1 or text.rfind(" ", first) + 1) if more else len(text)
+                chunk, rest = text[:end], text[end:]
+                if chunk:
+                    yield chunk, goes_on
+                    goes_on = not chunk.endswith("\n")
+                    has_text = has_text or any(c.isalnum() or c in string.punctuation for c in chunk)
+                progress.update(len(more.encode()))
+        if not has_text:
+            raise ValueError(f"{path} holds no text; give one with a sentence on each line")
 
 
 @functools.lru_cache(maxsize=1)
@@ -320,28 +316,10 @@ def encoder(vocab_file):
     return lambda line: [i for word in line.split(" ") for i in encode_word(word)]
 
 
-def encode_chunk(chunk, vocab_file, eod_id):
-    """Return the ids of a chunk, [n] int32, and at which of them a sentence begins, [n_begins] int64.
-
-    Raises ValueError if the chunk is not UTF-8.
-    """
-    with open(chunk.path, "rb") as file:
-        file.seek(max(0, chunk.begin - 1))
-        goes_on = file.read(min(1, chunk.begin)) not in (b"", b"\n")  # the first line began in the chunk before
-        content = file.read(chunk.end - chunk.begin)
-    if chunk.begin == 0:
-        content = content.removeprefix(codecs.BOM_UTF8)
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        number = count_lines(chunk.path, chunk.begin) + content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{chunk.path}, line {number} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
-    if not lines[-1]:  # what follows the last newline
-        lines.pop()
-    if chunk.separate:
-        lines.insert(0, "")
+def encode_chunk(chunk, goes_on, vocab_file, eod_id):
+    """Return the ids of a chunk, [n] int32, and at which of them a sentence begins, [n_begins] int64."""
     encode, ids, begins = encoder(vocab_file), [], []
-    for line in lines:
+    for line in chunk.removesuffix("\n").split("\n"):
         line = line.strip()
         sentence = encode(line) if line else [] if goes_on or eod_id is None else [eod_id]
         if sentence and not goes_on:
@@ -349,12 +327,6 @@ def encode_chunk(chunk, vocab_file, eod_id):
         ids.extend(sentence)
         goes_on = False
     return np.array(ids, dtype=np.int32), np.array(begins, dtype=np.int64)
-
-
-def count_lines(path, end):
-    """Return how many lines end in the first `end` bytes of a file."""
-    with open(path, "rb") as file:
-        return sum(file.read(min(CHUNK, end - begin)).count(b"\n") for begin in range(0, end, CHUNK))
 
 
 def batchify(ids, cuts, n_rows, batch_size, bi_data):
@@ -585,7 +557,7 @@ def make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng=None):
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def create_batch(rows, window, vocab, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta, rngs):
+def create_batch(rows, window, vocab, rngs, *, seq_len, reuse_len, perm_size, num_predict, mask_alpha, mask_beta):
     """Return the batch of one window: that window of every row, stacked along a last axis, bsz.
 
     rngs: a numpy Generator for each row
@@ -598,10 +570,10 @@ def create_batch(rows, window, vocab, seq_len, reuse_len, perm_size, num_predict
     return {key: torch.from_numpy(np.stack([member[key] for member in members], axis=-1)) for key in members[0]}
 
 
-def create_batches(rows, vocab, seq_len, reuse_len, *others):
+def create_batches(rows, vocab, rngs, **sizes):
     """Yield the batches of a pass, from the first window to the last; arguments as of `create_batch`."""
-    for window in range(n_windows(len(rows[0].ids), seq_len, reuse_len)):
-        yield create_batch(rows, window, vocab, seq_len, reuse_len, *others)
+    for window in range(n_windows(len(rows[0].ids), sizes["seq_len"], sizes["reuse_len"])):
+        yield create_batch(rows, window, vocab, rngs, **sizes)
 
 
 def show(text, tokenizer, seed):

@@ -26,7 +26,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,23 +47,13 @@ MAX_TURNS, TURN_WINDOWS = 16, 32  # default of --rows: at most so many groups, o
 UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
 METRICS = ("pass", "step", "cost", "learning_rate", "gradient_norm", "tokens_per_second", "validation_cost")
 
+# Which process of a run this is, and of how many, in all and on this machine: as torchrun says, alone without it.
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
 
 class UserError(Exception):
     """A mistake that the user can mend; its text is one line that names the flag, the value and the remedy."""
-
-
-class Process(NamedTuple):
-    """Which one of the processes of a run this is, as torchrun tells it; alone without torchrun."""
-
-    rank: int
-    world_size: int  # processes
-    local_rank: int  # among those of this machine
-    local_world_size: int
-
-    @classmethod
-    def this(cls):
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        return cls(*(int(os.environ.get(name, value)) for name, value in alone.items()))
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def exit(self, status=0, message=None):
-        super().exit(status, None if Process.this().local_rank else message)
+        super().exit(status, None if LOCAL_RANK else message)
 
     def flags(self, title):
         """Return a function that adds a flag to a new group: name or names, default, help, and add_argument's own."""
@@ -221,7 +210,7 @@ def settle(given, state=None):
 
 def smallest_batch(args):
     """Return of how many rows a batch is a multiple: one for each process, with bi_data one in each direction."""
-    return Process.this().world_size * (2 if args.bi_data else 1)
+    return WORLD_SIZE * (2 if args.bi_data else 1)
 
 
 def on_gpu(args):
@@ -236,7 +225,7 @@ def check_flags(args):
     near = [n for n in divisors if n < args.perm_size][-1:] + [n for n in divisors if n > args.perm_size][:1]
     largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
     rows = args.rows or args.batch_size
-    process, each = Process.this(), smallest_batch(args)
+    each = smallest_batch(args)
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     for wrong, message in (
         (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
@@ -250,13 +239,13 @@ def check_flags(args):
         (args.d_model % 2, f"--d_model {args.d_model} is odd, and half of the position features are sines; "
          f"try {args.d_model + 1}"),
         (args.batch_size % each, f"--batch_size {args.batch_size} must be a multiple of {each}, for --bi_data "
-         f"{args.bi_data} on {process.world_size} processes; try {-(-args.batch_size // each) * each}"),
+         f"{args.bi_data} on {WORLD_SIZE} processes; try {-(-args.batch_size // each) * each}"),
         (rows % args.batch_size, f"--rows {rows} is no multiple of --batch_size "
          f"{args.batch_size}; try {max(1, rows // args.batch_size) * args.batch_size}"),
         (args.min_lr_ratio > 1, f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1"),
         (no_cuda, "--device cuda: PyTorch finds no CUDA device here; give auto or cpu"),
-        (args.device != "cpu" and 0 < torch.cuda.device_count() < process.local_world_size,
-         f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are too few for {process.local_world_size} "
+        (args.device != "cpu" and 0 < torch.cuda.device_count() < LOCAL_WORLD_SIZE,
+         f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are too few for {LOCAL_WORLD_SIZE} "
          f"processes; start as many, or give cpu"),
         (args.output_dir and args.n_head * args.d_head != args.d_model, f"--n_head {args.n_head} times --d_head "
          f"{args.d_head} is not --d_model {args.d_model}, which a Hugging Face XLNet needs; leave out --output_dir, or "
@@ -310,8 +299,248 @@ def unigram_entropy(counts):
 
 def warn(message):
     """Print a line to stderr, once a machine."""
-    if Process.this().local_rank == 0:
+    if LOCAL_RANK == 0:
         print(f"main.py: {message}", file=sys.stderr)
+
+
+def names(paths):
+    """Return how a message names files."""
+    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def load_text(flag, paths, args, tokenizer, vocab):
+    """Return the Text of the files that a flag names; raise UserError if that fails."""
+    try:
+        try:
+            return data_utils.read_text(paths, tokenizer, vocab, args.cache_dir)
+        except OSError as error:
+            if error.filename in paths:
+                raise
+            warn(f"--cache_dir {args.cache_dir}: {error.strerror}; the text will be tokenized at every start")
+            with tempfile.TemporaryDirectory() as folder:  # what is mapped outlives its name
+                return data_utils.read_text(paths, tokenizer, vocab, folder)
+    except OSError as error:
+        raise UserError(f"--{flag} {error.filename}: {error.strerror}; give a text file") from None
+    except ValueError as error:
+        raise UserError(f"--{flag} {error}") from None
+
+
+def cut_rows(flag, paths, text, n_rows, args):
+    """Return the groups of rows of a text; raise UserError if it is too short for them."""
+    groups = data_utils.batchify(text.ids, text.cuts, n_rows, args.batch_size, args.bi_data)
+    if len(groups[0][0].ids) < args.seq_len:
+        needed = args.seq_len * (n_rows // 2 if args.bi_data else n_rows)
+        smaller = "--rows" if n_rows > args.batch_size else "--batch_size"
+        raise UserError(f"--{flag} {names(paths)} has {len(text.ids)} tokens and needs {needed}, a window of --seq_len "
+                        f"{args.seq_len} for each row; give more text, or a smaller --seq_len or {smaller}")
+    return groups
+
+
+def default_rows(n_tokens, args):
+    """Return batch_size on a page; on a longer text up to MAX_TURNS times that, if rows have TURN_WINDOWS windows."""
+    windows = n_tokens // (args.reuse_len * args.batch_size)
+    return args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
+
+
+def sizes(args):
+    """Return the flags that say how windows are made, by name."""
+    return {name: getattr(args, name)
+            for name in ("seq_len", "reuse_len", "perm_size", "num_predict", "mask_alpha", "mask_beta")}
+
+
+def total(tensor):
+    """Return the sum of a tensor over the processes of a run."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class Run:
+    """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit.
+
+    With torchrun each process has its share of every group of rows, with their memory, and the same model. What they
+    do together is what one process does with all rows: a mean over targets is one over those of all processes.
+    """
+
+    def __init__(self, args, state=None):
+        """Begin a run, or go on from the state of a checkpoint; raise UserError if text or vocabulary do not fit."""
+        self.args = args
+        try:
+            self.tokenizer = data_utils.load_tokenizer(args.tokenizer)
+            self.vocab = data_utils.vocabulary(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
+        self.text = load_text("data", args.data, args, self.tokenizer, self.vocab)
+        args.rows = args.rows or default_rows(len(self.text.ids), args)
+        self.groups = cut_rows("data", args.data, self.text, args.rows, args)
+        halves = np.arange(args.batch_size).reshape(1 + args.bi_data, WORLD_SIZE, -1)  # forward, backward
+        self.members = halves[:, RANK].ravel().tolist()  # of each group, the rows of this process
+        if args.valid:
+            text = load_text("valid", [args.valid], args, self.tokenizer, self.vocab)
+            [self.valid_rows] = cut_rows("valid", [args.valid], text, args.batch_size, args)
+        windows = data_utils.n_windows(len(self.groups[0][0].ids), args.seq_len, args.reuse_len)
+        self.pass_len = windows * len(self.groups)
+        ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
+        self.last = min(ends)  # step of the run
+        self.total_updates = self.last // args.grad_accum_steps
+        if self.total_updates == 0:
+            raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
+                            f"run; give at most that")
+
+        # what must not change while a run lasts: the word pieces, and the text with its sentences
+        self.identity = {"vocabulary": self.vocab.digest, "text": self.text.digest}
+
+        torch.manual_seed(args.seed)
+        arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
+        arguments["n_token"] = self.vocab.size
+        source = state["checkpoint"] if state else args.init_checkpoint
+        try:
+            if source and (n_token := xlnet.read_config(source)["n_token"]) != self.vocab.size:
+                raise ValueError(f"it has {n_token} word pieces and --tokenizer {args.tokenizer} {self.vocab.size}")
+            model = xlnet.XLNet.from_pretrained(source, **arguments) if source else xlnet.XLNet(**arguments)
+        except (OSError, ValueError, SafetensorError) as error:
+            flag = "resume" if state else "init_checkpoint"
+            raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
+        self.device = torch.device("cpu")
+        if on_gpu(args):
+            self.device = torch.device("cuda", LOCAL_RANK)
+            torch.cuda.set_device(self.device)
+        self.model = self.network = model.to(self.device)
+        if args.compile:
+            self.model.compile(dynamic=False)  # a memory grows in a few steps, and is long everywhere else
+        if dist.is_initialized():
+            self.network = DistributedDataParallel(self.model)
+            torch.manual_seed(args.seed + (RANK << 32))  # of dropout
+        groups = parameter_groups(model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
+        self.step = 0  # windows trained on, a line printed for each
+        self.mems, self.pass_cost = [None] * len(self.groups), 0.0  # of each group; of the steps of this pass, added up
+        self.loader, self.coming = ThreadPoolExecutor(max_workers=1), {}  # batches, by step, made ahead of need
+        if state:
+            self.load_state_dict(state)
+
+    def next_batch(self):
+        """Return the batch of the next step; a new pass begins every row again, with nothing before it."""
+        if self.step % self.pass_len == 0:
+            self.mems, self.pass_cost = [None] * len(self.groups), 0.0
+        for step in (self.step, self.step + 1):  # the model computes while the one after is made
+            if step not in self.coming:
+                self.coming[step] = self.loader.submit(self.load_batch, step)
+        return self.coming.pop(self.step).result()
+
+    def load_batch(self, step):
+        """Return the batch of a step: a row depends on nothing but the text, the seed, the step and its place."""
+        window, turn = divmod(step % self.pass_len, len(self.groups))
+        rows = [self.groups[turn][member] for member in self.members]
+        rngs = [np.random.default_rng([self.args.seed, step, member]) for member in self.members]
+        return self.to_device(data_utils.create_batch(rows, window, self.vocab, rngs, **sizes(self.args)))
+
+    def to_device(self, batch):
+        if self.device.type == "cpu":
+            return batch
+        return {key: tensor.pin_memory().to(self.device, non_blocking=True) for key, tensor in batch.items()}
+
+    def forward(self, batch, mems):
+        """Return the mean cost of a batch, the number of its targets, and the new memory."""
+        target, target_mask = batch.pop("target"), batch.pop("target_mask")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
+            logits, mems = self.network(**batch, mems=mems)
+        return lm_loss(logits, target, target_mask), target_mask.sum(), mems
+
+    def update(self):
+        """Make an update from the gathered gradient; return the learning rate and the norm of the gradient."""
+        lr = get_lr(self.step // self.args.grad_accum_steps, self.args, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # then AdamW changes nothing, and the run stops
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return lr, norm
+
+    def train_step(self):
+        """Train on the next window, with an update at the end of an accumulation; return metrics, numbers and tensors.
+
+        Nothing here waits for the device.
+        """
+        turn = self.step % len(self.groups)
+        accumulated = (self.step + 1) % self.args.grad_accum_steps == 0
+        batch = self.next_batch()
+        alone = self.network is self.model
+        with contextlib.nullcontext() if alone or accumulated else self.network.no_sync():
+            loss, targets, self.mems[turn] = self.forward(batch, self.mems[turn])
+            if not alone:
+                loss = loss * targets / total(targets)  # what this process adds to the mean over all targets
+            # DistributedDataParallel takes the mean of all gradients, and they are to be added
+            (loss * WORLD_SIZE / self.args.grad_accum_steps).backward()
+        metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": total(loss.detach())}
+        if accumulated:
+            metrics["learning_rate"], metrics["gradient_norm"] = self.update()
+        self.step += 1
+        self.pass_cost += metrics["cost"].double()
+        return metrics
+
+    def valid_batches(self):
+        """Return the held-out batches: the generator, and so every target, is the same each time and for any model."""
+        rngs = [np.random.default_rng(0)] * len(self.valid_rows)
+        return data_utils.create_batches(self.valid_rows, self.vocab, rngs, **sizes(self.args))
+
+    @torch.no_grad()
+    def evaluate(self, batches):
+        """Return the mean cost of all targets of successive batches, in nats, with dropout off and memory carried."""
+        self.network.eval()
+        total, count, mems = 0.0, 0.0, None
+        for batch in batches:
+            cost, targets, mems = self.forward(self.to_device(batch), mems)
+            total += (cost * targets).item()
+            count += targets.item()
+        self.network.train()
+        return total / max(1, count)
+
+    def state_dict(self):
+        """Return the state as tensors and plain values, in the process of rank 0; the weights are in model.safetensors.
+
+        Every process must call it.
+        """
+        own = {
+            "mems": [None if mems is None or mems[0] is None else torch.stack(mems).cpu() for mems in self.mems],
+            # of a half done accumulation
+            "gradients": [None if p.grad is None else p.grad.cpu() for p in self.model.parameters()],
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        processes = [own] * WORLD_SIZE
+        if dist.is_initialized():
+            dist.gather_object(own, None if RANK else processes)
+        paths = {name: os.path.abspath(path) for name in ("valid", "tokenizer")
+                 if (path := getattr(self.args, name)) and os.path.exists(path)}
+        return self.identity | {
+            "flags": vars(self.args) | paths | {"data": [os.path.abspath(path) for path in self.args.data]},
+            "step": self.step,
+            "pass_cost": float(self.pass_cost),
+            "optimizer": self.optimizer.state_dict(),
+            "processes": processes,
+        }
+
+    def load_state_dict(self, state):
+        given = f"--tokenizer {self.args.tokenizer}", f"--data {names(self.args.data)}"
+        for (what, here), flag in zip(self.identity.items(), given):
+            if state[what] != here:
+                raise UserError(f"{flag}: the {what} has changed since the run began; "
+                                f"give the old one, or start anew in another --output_dir")
+        if len(state["processes"]) != WORLD_SIZE:
+            raise UserError(f"--resume: the run had {len(state['processes'])} processes and now has "
+                            f"{WORLD_SIZE}; start as many")
+        own = state["processes"][RANK]
+        self.step, self.pass_cost = state["step"], state["pass_cost"]
+        self.mems = [None if mems is None else list(mems.to(self.device)) for mems in own["mems"]]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, gradient in zip(self.model.parameters(), own["gradients"]):
+            parameter.grad = gradient if gradient is None else gradient.to(self.device)
+        torch.set_rng_state(own["torch_rng"])
+        if self.device.type == "cuda" and own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"])
 
 
 def checkpoints(output_dir):
@@ -401,27 +630,60 @@ def load_state(given):
 
 
 class Log:
-    """What a run tells: lines on stdout, a bar on a terminal, metrics.csv and TensorBoard events in output_dir."""
+    """What a run tells: lines on stdout, a bar on a terminal, metrics.csv and TensorBoard events in output_dir.
 
-    def __init__(self, args, step, last):
-        first = Process.this().rank == 0
-        self.progress = tqdm(initial=step, total=last, unit="step", leave=False, disable=None if first else True)
+    A GPU works on a step while the one before is told: its numbers have arrived by then, and nothing waits for them.
+    """
+
+    def __init__(self, run):
+        args = run.args
+        self.pass_len, self.lag = run.pass_len, int(run.device.type == "cuda")
+        self.waiting, self.told = [], {}  # metrics of steps that are not told yet; of the last one that is
+        self.progress = tqdm(initial=run.step, total=run.last, unit="step", leave=False, disable=True if RANK else None)
         self.file = self.events = None
-        if args.output_dir and first:
-            self.file = open_metrics(args.output_dir, step)
-        if args.tensorboard and first:
+        if args.output_dir and RANK == 0:
+            self.file = open_metrics(args.output_dir, run.step)
+        if args.tensorboard and RANK == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs a package that is not here; pip install tensorboard") from None
-            self.events = SummaryWriter(args.output_dir, purge_step=step + 1)
+            self.events = SummaryWriter(args.output_dir, purge_step=run.step + 1)
 
-    def line(self, text):
-        with self.progress.external_write_mode():
-            print(text, flush=True)
+    def wait(self):
+        """Wait for the numbers of the last step that was added."""
+        if self.lag and self.waiting:
+            self.waiting[-1][1].synchronize()
 
-    def metrics(self, metrics):
-        """Write one row, and no value that the step does not have."""
+    def add(self, metrics):
+        """Take what a step measured, numbers and tensors, and tell it, on a GPU that of the step before."""
+        copies = {name: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+                  for name, value in metrics.items()}
+        self.waiting.append((copies, torch.cuda.current_stream().record_event() if self.lag else None))
+        self.flush(self.lag)
+
+    def flush(self, behind=0):
+        """Tell all steps but the last `behind`; end the run if a number is not finite, for which see `Run.update`."""
+        while len(self.waiting) > behind:
+            copies, arrived = self.waiting.pop(0)
+            if arrived:
+                arrived.synchronize()
+            self.told = {name: value.item() if isinstance(value, torch.Tensor) else value
+                         for name, value in copies.items()}
+            self.write(self.told)
+
+    def write(self, metrics):
+        """Print the line of a step, write a row, and no value that the step does not have."""
+        step, epoch, cost = metrics["step"], metrics["pass"], metrics["cost"]
+        window = (step - 1) % self.pass_len + 1
+        self.line(f"Number of Epoch: {epoch:04d} in {window:04d} Step cost = {cost:.6f}")
+        for what, value in ("cost", cost), ("norm of the gradient", metrics.get("gradient_norm", 0)):
+            if not math.isfinite(value):
+                sys.exit(f"main.py: the {what} of step {step}, window {window} of pass {epoch}, is {value}; "
+                         f"stopped before the update; try a smaller --learning_rate")
+        if "validation_cost" in metrics:
+            valid = metrics["validation_cost"]
+            self.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
         self.progress.update()
         if self.file:
             csv.DictWriter(self.file, METRICS).writerow(metrics)
@@ -429,7 +691,11 @@ class Log:
         if self.events:
             for name in METRICS[2:]:
                 if name in metrics:
-                    self.events.add_scalar(name, metrics[name], metrics["step"])
+                    self.events.add_scalar(name, metrics[name], step)
+
+    def line(self, text):
+        with self.progress.external_write_mode():
+            print(text, flush=True)
 
     def close(self):
         for each in (self.progress, self.file, self.events):
@@ -472,282 +738,6 @@ def draw_loss(output_dir):
     figure.savefig(Path(output_dir) / "loss.png", dpi=100)
 
 
-def load_text(flag, paths, args, tokenizer, vocab):
-    """Return the Text of the files that a flag names; raise UserError if that fails."""
-    try:
-        try:
-            return data_utils.read_text(paths, tokenizer, vocab, args.cache_dir)
-        except OSError as error:
-            if error.filename in paths:
-                raise
-            warn(f"--cache_dir {args.cache_dir}: {error.strerror}; the text will be tokenized at every start")
-            with tempfile.TemporaryDirectory() as folder:  # what is mapped outlives its name
-                return data_utils.read_text(paths, tokenizer, vocab, folder)
-    except OSError as error:
-        raise UserError(f"--{flag} {error.filename}: {error.strerror}; give a text file") from None
-    except ValueError as error:
-        raise UserError(f"--{flag} {error}") from None
-
-
-def names(paths):
-    """Return how a message names files."""
-    return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
-def cut_rows(flag, paths, text, n_rows, args):
-    """Return the groups of rows of a text; raise UserError if it is too short for them."""
-    groups = data_utils.batchify(text.ids, text.cuts, n_rows, args.batch_size, args.bi_data)
-    if len(groups[0][0].ids) < args.seq_len:
-        needed = args.seq_len * (n_rows // 2 if args.bi_data else n_rows)
-        smaller = "--rows" if n_rows > args.batch_size else "--batch_size"
-        raise UserError(f"--{flag} {names(paths)} has {len(text.ids)} tokens and needs {needed}, a window of --seq_len "
-                        f"{args.seq_len} for each row; give more text, or a smaller --seq_len or {smaller}")
-    return groups
-
-
-def default_rows(n_tokens, args):
-    """Return batch_size on a page; on a longer text up to MAX_TURNS times that, if rows have TURN_WINDOWS windows."""
-    windows = n_tokens // (args.reuse_len * args.batch_size)
-    return args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
-
-
-def sizes(args):
-    """Return what data_utils must know of the flags, in its order."""
-    return args.seq_len, args.reuse_len, args.perm_size, args.num_predict, args.mask_alpha, args.mask_beta
-
-
-def total(tensor):
-    """Return the sum of a tensor over the processes of a run."""
-    if dist.is_initialized():
-        tensor = tensor.detach().clone()
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class Run:
-    """A training run between two steps: everything that a checkpoint must hold so that the run goes on to the bit.
-
-    With torchrun each process has its share of every group of rows, with their memory, and the same model. What they
-    do together is what one process does with all rows: a mean over targets is one over those of all processes.
-    """
-
-    def __init__(self, args, state=None):
-        """Begin a run, or go on from the state of a checkpoint; raise UserError if text or vocabulary do not fit."""
-        self.args = args
-        try:
-            self.tokenizer = data_utils.load_tokenizer(args.tokenizer)
-            self.vocab = data_utils.vocabulary(self.tokenizer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
-        self.process = Process.this()
-        self.text = load_text("data", args.data, args, self.tokenizer, self.vocab)
-        args.rows = args.rows or default_rows(len(self.text.ids), args)
-        self.groups = cut_rows("data", args.data, self.text, args.rows, args)
-        halves = np.arange(args.batch_size).reshape(1 + args.bi_data, self.process.world_size, -1)  # forward, backward
-        self.members = halves[:, self.process.rank].ravel().tolist()  # of each group, the rows of this process
-        if args.valid:
-            text = load_text("valid", [args.valid], args, self.tokenizer, self.vocab)
-            [self.valid_rows] = cut_rows("valid", [args.valid], text, args.batch_size, args)
-        windows = data_utils.n_windows(len(self.groups[0][0].ids), args.seq_len, args.reuse_len)
-        self.pass_len = windows * len(self.groups)
-        ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
-        self.last = min(ends)  # step of the run
-        self.total_updates = self.last // args.grad_accum_steps
-        if self.total_updates == 0:
-            raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
-                            f"run; give at most that")
-
-        # what must not change while a run lasts: the word pieces, and the text with its sentences
-        self.identity = {"vocabulary": self.vocab.digest, "text": self.text.digest}
-
-        torch.manual_seed(args.seed)
-        arguments = {name: value for name, value in vars(args).items() if name in xlnet.ARGUMENTS}
-        arguments["n_token"] = self.vocab.size
-        source = state["checkpoint"] if state else args.init_checkpoint
-        try:
-            if source and (n_token := xlnet.read_config(source)["n_token"]) != self.vocab.size:
-                raise ValueError(f"it has {n_token} word pieces and --tokenizer {args.tokenizer} {self.vocab.size}")
-            model = xlnet.XLNet.from_pretrained(source, **arguments) if source else xlnet.XLNet(**arguments)
-        except (OSError, ValueError, SafetensorError) as error:
-            flag = "resume" if state else "init_checkpoint"
-            raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
-        self.device = torch.device("cpu")
-        if on_gpu(args):
-            self.device = torch.device("cuda", self.process.local_rank)
-            torch.cuda.set_device(self.device)
-        self.model = self.network = model.to(self.device)
-        if args.compile:
-            self.model.compile(dynamic=False)  # a memory grows in a few steps, and is long everywhere else
-        if dist.is_initialized():
-            self.network = DistributedDataParallel(self.model)
-            torch.manual_seed(args.seed + (self.process.rank << 32))  # of dropout
-        groups = parameter_groups(model, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
-        self.step = 0  # windows trained on, a line printed for each
-        self.mems, self.costs = [None] * len(self.groups), []  # of the pass
-        self.loader, self.coming = ThreadPoolExecutor(max_workers=1), {}  # batches, by step, made ahead of need
-        if state:
-            self.load_state_dict(state)
-
-    def state_dict(self):
-        """Return the state as tensors and plain values, in the process of rank 0; the weights are in model.safetensors.
-
-        Every process must call it.
-        """
-        own = {
-            "mems": [None if mems is None or mems[0] is None else torch.stack(mems).cpu() for mems in self.mems],
-            # of a half done accumulation
-            "gradients": [None if p.grad is None else p.grad.cpu() for p in self.model.parameters()],
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-        }
-        processes = [own]
-        if dist.is_initialized():
-            processes *= self.process.world_size
-            dist.gather_object(own, None if self.process.rank else processes)
-        paths = {name: os.path.abspath(path) for name in ("valid", "tokenizer")
-                 if (path := getattr(self.args, name)) and os.path.exists(path)}
-        return self.identity | {
-            "flags": vars(self.args) | paths | {"data": [os.path.abspath(path) for path in self.args.data]},
-            "step": self.step,
-            "costs": self.costs,
-            "optimizer": self.optimizer.state_dict(),
-            "processes": processes,
-        }
-
-    def load_state_dict(self, state):
-        given = f"--tokenizer {self.args.tokenizer}", f"--data {names(self.args.data)}"
-        for (what, here), flag in zip(self.identity.items(), given):
-            if state[what] != here:
-                raise UserError(f"{flag}: the {what} has changed since the run began; "
-                                f"give the old one, or start anew in another --output_dir")
-        if len(state["processes"]) != self.process.world_size:
-            raise UserError(f"--resume: the run had {len(state['processes'])} processes and now has "
-                            f"{self.process.world_size}; start as many")
-        own = state["processes"][self.process.rank]
-        self.step, self.costs = state["step"], state["costs"]
-        self.mems = [None if mems is None else list(mems.to(self.device)) for mems in own["mems"]]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, gradient in zip(self.model.parameters(), own["gradients"]):
-            parameter.grad = gradient if gradient is None else gradient.to(self.device)
-        torch.set_rng_state(own["torch_rng"])
-        if self.device.type == "cuda" and own["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(own["cuda_rng"])
-
-    def load_batch(self, step):
-        """Return the batch of a step: a row depends on nothing but the text, the seed, the step and its place."""
-        window, turn = divmod(step % self.pass_len, len(self.groups))
-        rows = [self.groups[turn][member] for member in self.members]
-        rngs = [np.random.default_rng([self.args.seed, step, member]) for member in self.members]
-        return self.to_device(data_utils.create_batch(rows, window, self.vocab, *sizes(self.args), rngs))
-
-    def to_device(self, batch):
-        if self.device.type == "cpu":
-            return batch
-        return {key: tensor.pin_memory().to(self.device, non_blocking=True) for key, tensor in batch.items()}
-
-    def next_batch(self):
-        """Return the batch of the next step; a new pass begins every row again, with nothing before it."""
-        if self.step % self.pass_len == 0:
-            self.mems = [None] * len(self.groups)
-        for step in (self.step, self.step + 1):  # the model computes while the one after is made
-            if step not in self.coming:
-                self.coming[step] = self.loader.submit(self.load_batch, step)
-        return self.coming.pop(self.step).result()
-
-    def forward(self, batch, mems):
-        """Return the mean cost of a batch, the number of its targets, and the new memory."""
-        target, target_mask = batch.pop("target"), batch.pop("target_mask")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            logits, mems = self.network(**batch, mems=mems)
-        return lm_loss(logits, target, target_mask), target_mask.sum(), mems
-
-    def valid_batches(self):
-        """Return the held-out batches: the generator, and so every target, is the same each time and for any model."""
-        rngs = [np.random.default_rng(0)] * len(self.valid_rows)
-        return data_utils.create_batches(self.valid_rows, self.vocab, *sizes(self.args), rngs)
-
-    @torch.no_grad()
-    def evaluate(self, batches):
-        """Return the mean cost of all targets of successive batches, in nats, with dropout off and memory carried."""
-        self.network.eval()
-        total, count, mems = 0.0, 0.0, None
-        for batch in batches:
-            cost, targets, mems = self.forward(self.to_device(batch), mems)
-            total += (cost * targets).item()
-            count += targets.item()
-        self.network.train()
-        return total / max(1, count)
-
-    def update(self):
-        """Make an update from the gathered gradient; return the learning rate and the norm of the gradient."""
-        lr = get_lr(self.step // self.args.grad_accum_steps, self.args, self.total_updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip or math.inf)
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # then AdamW changes nothing, and the run stops
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return lr, norm
-
-    def train_step(self):
-        """Train on the next window, with an update at the end of an accumulation; return metrics, some of them Later.
-
-        Nothing here waits for the device.
-        """
-        begin, turn = time.perf_counter(), self.step % len(self.groups)
-        accumulated = (self.step + 1) % self.args.grad_accum_steps == 0
-        batch = self.next_batch()
-        alone = self.network is self.model
-        with contextlib.nullcontext() if alone or accumulated else self.network.no_sync():
-            loss, targets, self.mems[turn] = self.forward(batch, self.mems[turn])
-            if not alone:
-                loss = loss * targets / total(targets)  # what this process adds to the mean over all targets
-            # DistributedDataParallel takes the mean of all gradients, and they are to be added
-            (loss * self.process.world_size / self.args.grad_accum_steps).backward()
-        metrics = {"pass": self.step // self.pass_len + 1, "step": self.step + 1, "cost": Later(total(loss))}
-        if accumulated:
-            metrics["learning_rate"], norm = self.update()
-            metrics["gradient_norm"] = Later(norm)
-        self.step += 1
-        metrics["tokens_per_second"] = self.args.batch_size * self.args.seq_len / (time.perf_counter() - begin)
-        return metrics
-
-    def report(self, metrics, log):
-        """Print the line of a step, write its metrics, and return them, arrived; stop the run if they are not finite.
-
-        What went wrong is not in the weights: see `update`.
-        """
-        metrics = {name: value.get() if isinstance(value, Later) else value for name, value in metrics.items()}
-        epoch, window, cost = metrics["pass"], (metrics["step"] - 1) % self.pass_len + 1, metrics["cost"]
-        if window == 1:
-            self.costs = []
-        self.costs.append(cost)
-        log.line(f"Number of Epoch: {epoch:04d} in {window:04d} Step cost = {cost:.6f}")
-        for what, value in ("cost", cost), ("norm of the gradient", metrics.get("gradient_norm", 0)):
-            if not math.isfinite(value):
-                sys.exit(f"main.py: the {what} of step {metrics['step']}, window {window} of pass {epoch}, is {value}; "
-                         f"stopped before the update; try a smaller --learning_rate")
-        if "validation_cost" in metrics:
-            valid = metrics["validation_cost"]
-            log.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
-        log.metrics(metrics)
-        return metrics
-
-
-class Later:
-    """A number on its way from the device: a step later it has arrived, and `get` waits for nothing."""
-
-    def __init__(self, tensor):
-        self.copy = tensor.detach().to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
-
-    def get(self):
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.copy.item()
-
-
 @contextlib.contextmanager
 def stop_signals():
     """Yield a function that returns the first Ctrl-C or SIGTERM that any process has received, 0 before.
@@ -787,32 +777,27 @@ def train(run):
         f"XLNet of {sum(p.numel() for p in run.model.parameters()):,} parameters on {run.device.type}; "
         f"{names([Path(path).name for path in args.data])}: {len(run.text.ids):,} tokens, {unknown:.1%} unknown, "
         f"unigram entropy {entropy:.3f}; {run.pass_len} windows a pass, {run.total_updates:,} updates", flush=True)
-    waiting = []  # metrics of steps that are not reported yet
-    metrics = {}
 
     def due(every):
         return run.step % (every or run.pass_len) == 0 or run.step == run.last
 
-    def report(behind):
-        while len(waiting) > behind:
-            metrics.clear()
-            metrics.update(run.report(waiting.pop(0), log))
-
-    with contextlib.closing(Log(args, run.step, run.last)) as log, stop_signals() as stop:
+    with contextlib.closing(Log(run)) as log, stop_signals() as stop:
         while run.step < run.last:
-            waiting.append(run.train_step())
-            if args.valid and due(args.eval_steps) and run.process.rank == 0:
-                waiting[-1]["validation_cost"] = run.evaluate(run.valid_batches())
-            report(behind=run.device.type == "cuda")  # a GPU works on a step while the one before is reported
+            begin = time.perf_counter()
+            metrics = run.train_step()
+            log.wait()  # a GPU, so that it is never more than a step behind
+            metrics["tokens_per_second"] = args.batch_size * args.seq_len / (time.perf_counter() - begin)
+            if args.valid and due(args.eval_steps) and RANK == 0:
+                metrics["validation_cost"] = run.evaluate(run.valid_batches())
+            log.add(metrics)
             stopped = stop()  # a signal that comes from here on waits for the next step
-            save = args.output_dir and (due(args.save_steps) or stopped)
-            if save or stopped or run.step == run.last:
-                report(behind=0)
-            if save:
-                state = run.state_dict()
-                if run.process.rank == 0:
-                    save_checkpoint(run, state)
-                    draw_loss(args.output_dir)
+            if due(args.save_steps) or stopped:
+                log.flush()
+                if args.output_dir:
+                    state = run.state_dict()
+                    if RANK == 0:
+                        save_checkpoint(run, state)
+                        draw_loss(args.output_dir)
             if stopped:
                 saved = f"saved {args.output_dir}/checkpoint-{run.step}, --resume goes on" if args.output_dir else (
                     "nothing is saved without --output_dir")
@@ -820,10 +805,10 @@ def train(run):
                 warn(f"stopped after step {run.step}; {saved}")
                 sys.exit(128 + stopped)
 
-    mean_cost = sum(run.costs) / len(run.costs)
+    mean_cost = float(run.pass_cost) / ((run.last - 1) % run.pass_len + 1)
     print(f"Mean cost of pass {-(-run.last // run.pass_len)}: {mean_cost:.3f}; of guessing by word frequency: "
           f"{entropy:.3f}, of guessing blindly: {math.log(run.vocab.size):.3f}")
-    return metrics | {"updates": run.total_updates, "mean_cost": mean_cost, "unigram_entropy": entropy}
+    return log.told | {"updates": run.total_updates, "mean_cost": mean_cost, "unigram_entropy": entropy}
 
 
 def main(argv=None):
@@ -833,21 +818,20 @@ def main(argv=None):
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    process = Process.this()
     try:
         if given.get("resume"):
             given.setdefault("output_dir", os.path.dirname(os.path.abspath(given["resume"])))
         state = load_state(given) if "resume" in given else None
         args = settle(given, state)
-        if args.output_dir and process.rank == 0:
+        if args.output_dir and RANK == 0:
             open_output_dir(args.output_dir, resumed=state is not None)
-        if process.world_size > 1:
+        if WORLD_SIZE > 1:
             # one of them may evaluate or tokenize for long while the others wait
             backend = "cpu:gloo,cuda:nccl" if on_gpu(args) else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        with contextlib.redirect_stdout(None if process.rank else sys.stdout):
+        with contextlib.redirect_stdout(None if RANK else sys.stdout):
             metrics = train(Run(args, state))
-        if process.world_size > 1:
+        if WORLD_SIZE > 1:
             dist.destroy_process_group()
         return metrics
     except UserError as error:
@@ -863,7 +847,7 @@ def main(argv=None):
         reason = str(error).splitlines()[0]
         parser.error(f"--compile: {reason}; leave it out, or give PyTorch what it needs, a C++ compiler on a CPU")
     except RuntimeError as error:
-        if process.world_size == 1 or "gloo" not in str(error) and not isinstance(error, dist.DistError):
+        if WORLD_SIZE == 1 or "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         parser.exit(1, f"main.py: another process of the run is gone: {str(error).splitlines()[0]}; --resume goes on "
                        f"from the last checkpoint\n")

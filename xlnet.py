@@ -177,19 +177,25 @@ class RelativeAttention(nn.Module):
         self.dropout, self.dropatt = dropout, dropatt
 
     def rel_attn_core(self, q, k, v, k_r, groups, seg_q, seg_k):
-        """Return what each row reads from the keys it may see, weighted by the three scores of the paper.
+        """Return what each row reads from the keys it may see: the softmax of its scores times v.
+
+        The score of query i and key j is the sum of these terms, divided by sqrt(d_head):
+
+            (a) q_i . k_j    (b) q_i . r    (c) r_w_bias . k_j    (d) r_r_bias . r    (e) (q_i + r_s_bias) . s
+
+        where r is the row of k_r for their distance, and s is seg_embed[0] in one segment, seg_embed[1] across two.
 
         q: [bsz, n_head, rows, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
         seg_q: [bsz, 1, rows, SEGMENTS], seg_k: [bsz, 1, klen, SEGMENTS], segments one-hot; None: no segments
         -> [bsz, n_head, rows, d_head]
-        Source: Transformer-XL, section 3.3, terms (a) to (d); the paper, section 2.5; official rel_attn_core.
+        Source: Transformer-XL, section 3.3, (a) to (d); the paper, section 2.5, (e); official rel_attn_core.
         """
         scale = q.size(3) ** -0.5
         content, position = (q + self.r_w_bias[:, None]) * scale, (q + self.r_r_bias[:, None]) * scale
         if seg_q is not None:
-            # Section 2.5: whether the key lies in the same segment. What a row adds to all its keys alike cancels in
-            # the softmax, so the difference to another segment is enough: a score that the row has on the coordinate
-            # of its own segment, where keys of that segment have a 1.
+            # (e): what a row adds to all its keys alike cancels in the softmax, so it is enough to add to the keys of
+            # its own segment what they have more than others. The row has that on the coordinate of its segment, where
+            # these keys have a 1.
             difference = self.seg_embed[0] - self.seg_embed[1]  # same - other
             segment = torch.einsum("bnid,nd->bni", (q + self.r_s_bias[:, None]) * scale, difference)
             content = torch.cat([content, segment[..., None] * seg_q], dim=-1)
@@ -197,7 +203,7 @@ class RelativeAttention(nn.Module):
 
         attn_vec = []
         for group in groups:
-            # (a) + (c): how well the content of the key fits, and its segment
+            # (a) + (c) + (e): how well the content of the key fits, and its segment
             score = content[:, :, group.rows] @ k[:, :, : group.klen].mT  # [bsz, n_head, rows, klen]
 
             # (b) + (d): how well its distance fits
@@ -216,6 +222,11 @@ class RelativeAttention(nn.Module):
 
     def two_stream_rel_attn(self, x, h, pos_emb, mem, groups, seg_q, seg_k):
         """Let the rows of both streams attend to the content stream and its memory, with the same weights.
+
+        For the position z_t that comes t-th in the order:
+
+            g_z_t  <-  Attention(Q = g_z_t, KV = h_z_<t)     the query stream does not see its own token
+            h_z_t  <-  Attention(Q = h_z_t, KV = h_z_<=t)    the content stream does
 
         x: [rows, bsz, d_model], both streams or the query stream alone; h: [qlen, bsz, d_model], the content stream;
         pos_emb: [rlen, bsz, d_model]; mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`

@@ -179,7 +179,7 @@ def judged_batches(run, path):
     flags = main.settle({"valid": path})
     text = main.load_text("valid", [path], flags, run.tokenizer, run.vocab)
     [rows] = main.cut_rows("valid", [path], text, 1, flags)
-    batches = data_utils.create_batches(rows, run.vocab, *main.sizes(flags), [np.random.default_rng(0)])
+    batches = data_utils.create_batches(rows, run.vocab, [np.random.default_rng(0)], **main.sizes(flags))
     return [run.to_device(batch) for batch in batches]
 
 
@@ -195,7 +195,7 @@ def train(task):
     rows, costs, seconds, done = [], [], 0.0, 0.0
     while done < 1:
         begin = time.perf_counter()
-        costs.append(run.train_step()["cost"].get())
+        costs.append(run.train_step()["cost"].item())
         seconds += time.perf_counter() - begin
         done = run.step / options.updates if options.updates else seconds / (60 * options.minutes)
         if done * POINTS >= len(rows) + 1:

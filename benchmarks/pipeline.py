@@ -24,7 +24,7 @@ def benchmark():
     parser.add_argument("--passes", type=int, default=100, help="passes over the text (default: 100)")
     passes = parser.parse_args().passes
     run = main.Run(main.settle({"device": "cpu"}))
-    seq_len, reuse_len, perm_size, num_predict, *mask = main.sizes(run.args)
+    seq_len, reuse_len, perm_size, num_predict, *mask = main.sizes(run.args).values()
     rng = np.random.default_rng(0)
     features = list(data_utils.create_data(run.groups[0][0], run.vocab, seq_len, reuse_len, num_predict, *mask, rng))
     parts = {

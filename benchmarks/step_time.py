@@ -50,7 +50,7 @@ def load_batches(args, device):
     batches = []
     for window in range(min(8, run.pass_len)):
         rows, rngs = run.groups[0] * args.batch_size, [np.random.default_rng(window)] * args.batch_size
-        batch = data_utils.create_batch(rows, window, run.vocab, *main.sizes(run.args), rngs)
+        batch = data_utils.create_batch(rows, window, run.vocab, rngs, **main.sizes(run.args))
         batches.append({key: tensor.to(device) for key, tensor in batch.items()})
     return run.vocab.size, batches
 

@@ -64,7 +64,7 @@ def test_judging_changes_nothing(name):
             run.train_step()
             if judged:
                 costs.append(run.judge(batches))
-        costs.append(run.train_step()["cost"].get())
+        costs.append(run.train_step()["cost"].item())
     assert costs[0] == costs[-1] and len(set(costs[1:4])) == 3 and all(8 < cost < 11 for cost in costs)
 
 

@@ -13,6 +13,7 @@ from data_utils import Row, Vocabulary
 
 SEP, CLS = 98, 99
 N_TOKEN = 100
+SIZES = dict(seq_len=32, reuse_len=16, perm_size=8, num_predict=6, mask_alpha=6, mask_beta=1)
 
 
 def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
@@ -315,7 +316,7 @@ def test_batches_stack_rows_and_are_made_lazily():
     rng = np.random.default_rng(4)
     row, vocab = make_row(rng, 10_000_000)
     [rows] = data_utils.batchify(row.ids, row.cuts, n_rows=4, batch_size=4, bi_data=True)
-    batches = data_utils.create_batches(rows, vocab, 32, 16, 8, 6, 6, 1, [rng] * 4)
+    batches = data_utils.create_batches(rows, vocab, [rng] * 4, **SIZES)
     for window in range(2):
         batch = next(batches)
         assert batch["inp_k"].shape == (32, 4) and batch["perm_mask"].shape == (32, 4)
@@ -323,14 +324,14 @@ def test_batches_stack_rows_and_are_made_lazily():
             part = rows[b].ids[16 * window : 16 * window + 16]
             assert torch.equal(batch["inp_k"][:16, b], torch.from_numpy(part.copy()))
     [short] = data_utils.batchify(row.ids[:200], row.cuts[row.cuts < 200], 4, 4, bi_data=True)
-    assert len(list(data_utils.create_batches(short, vocab, 32, 16, 8, 6, 6, 1, [rng] * 4))) == (100 - 32) // 16 + 1
+    assert len(list(data_utils.create_batches(short, vocab, [rng] * 4, **SIZES))) == (100 - 32) // 16 + 1
 
 
 def test_the_same_generator_gives_the_same_data():
     def draw():
         rng = np.random.default_rng(5)
         row, vocab = make_row(np.random.default_rng(0), 500)
-        return list(data_utils.create_batches([row], vocab, 32, 16, 8, 6, 6, 1, [rng]))
+        return list(data_utils.create_batches([row], vocab, [rng], **SIZES))
 
     for one, other in zip(draw(), draw(), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)

@@ -37,7 +37,7 @@ def free_port():
 def start():
     """Return a function that starts main.main(argv), or another target, in n processes; they end with the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main"])
+    context.set_forkserver_preload(["main", "torch._dynamo"])  # which the first update imports
     started = []
 
     def start(n, argv, folder, target=main.main):
@@ -56,8 +56,8 @@ def start():
 def child(rank, n, port, argv, folder, target):
     """Be one of n processes, as torchrun would start it; what it prints goes into folder/<rank>.out and .err."""
     if n > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n),
-                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        main.RANK, main.LOCAL_RANK, main.WORLD_SIZE, main.LOCAL_WORLD_SIZE = rank, rank, n, n
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     Path(folder).mkdir(exist_ok=True)
     with open(f"{folder}/{rank}.out", "a") as out, open(f"{folder}/{rank}.err", "a") as err:
@@ -85,7 +85,7 @@ def watched(argv):
 
     torch.optim.AdamW.step = spy
     main.main(argv)
-    torch.save(gradients, f"{argv[-1]}/../gradients-{os.environ.get('RANK', 0)}.pt")
+    torch.save(gradients, f"{argv[-1]}/../gradients-{main.RANK}.pt")
 
 
 @pytest.mark.parametrize("flags", [
@@ -123,7 +123,7 @@ def test_each_row_has_its_own_generator_and_place():
     for rank, members in enumerate(([0, 2], [1, 3])):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
-                patch.setenv(name, str(value))
+                patch.setattr(main, name, value)
             part = main.Run(main.settle(vars(flags)))
         for step in (0, 1, 5):
             batch, share = whole.load_batch(step), part.load_batch(step)
@@ -193,7 +193,7 @@ def test_a_mistake_gets_one_line(start, tmp_path, flags, words):
 
 def test_each_process_needs_a_gpu(monkeypatch):
     """Every process says so, not the ones alone that find none: the first is the one that is heard."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(main, "LOCAL_WORLD_SIZE", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(main.UserError, match="--device auto: 1 CUDA devices are too few for 2 processes"):
         main.settle({})

@@ -216,7 +216,7 @@ def test_a_gpu_is_never_waited_for(flags):
         metrics = [one.train_step() for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(5 < each["cost"].get() < 12 for each in metrics)
+    assert all(5 < each["cost"].item() < 12 for each in metrics)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
