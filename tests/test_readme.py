@@ -21,6 +21,7 @@ import main
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
+import step_time
 
 ROOT = Path(main.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -87,9 +88,22 @@ def test_commands_that_train(folder):
         assert out.count("Step cost") == 2, command
 
 
-@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if script(command) in SHORT}))
+@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if script(command) in SHORT
+                                            and "step_time.py --" not in command}))  # the next test's
 def test_other_commands(folder, command):
     run(command, folder, SHORT[script(command)])
+
+
+@pytest.mark.parametrize("command, rows", [("--batch_size 1 2 4 8 --shapes default", 4), ("--growth", 8),
+                                           ("--device cpu --shapes base --batch_size 8 32 --bf16 --compile", 2)])
+def test_flags_of_the_step_benchmark(monkeypatch, capsys, command, rows):
+    """Those that the README names, all but the measuring."""
+    assert command.replace("--device cpu", "--device cuda") in README
+    times = {name: [0.1, 0.2] for name in step_time.MODELS}
+    monkeypatch.setattr(step_time, "compare", lambda *args: (times, dict.fromkeys(step_time.MODELS, 1), 1e9))
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *command.split()])
+    step_time.benchmark()
+    assert len(re.findall(r"^\| .*, batch \d", capsys.readouterr().out, re.M)) == rows
 
 
 def test_variants_exist():
