@@ -7,9 +7,9 @@
     create_batch   rows, window    -> the same of all rows, stacked; make_permute gives the order as a mask instead
 
 Sources: the paper, arXiv:1906.08237, sections 2.2, 2.5 and 3.1, and zihangdai/xlnet, data_utils.py ("official").
-The official code also carries every position's next token and whether B follows A through its records; the first
-comes out as "the target of a position is the token there", the second is never read, so neither exists here.
-All randomness is drawn from the numpy Generator passed in.
+The official records also have every position's next token, from which the token at the position itself is made again,
+and whether B follows A, which no loss reads; neither exists here. All randomness is drawn from the numpy Generator
+passed in.
 """
 
 import argparse
@@ -51,8 +51,8 @@ class Vocabulary(NamedTuple):
     size: int  # one more than the largest id
     sep_id: int
     cls_id: int
-    pad_id: Optional[int]  # None: the vocabulary has no such piece, and the next
-    eod_id: Optional[int]  # ends a document
+    pad_id: Optional[int]  # None: the vocabulary has no such piece
+    eod_id: Optional[int]  # ends a document; None: it has no such piece
     unk_id: int  # stands for what is in no piece
     bos_id: int  # what transformers is told of the beginning and the end of a sequence
     eos_id: int
@@ -139,9 +139,8 @@ def load_tokenizer(name_or_path):
     if path.is_dir():
         path = next((path / name for name in ("spiece.model", "vocab.txt") if (path / name).is_file()), path)
     if not path.is_file():
-        known = ", ".join(TOKENIZERS)
-        raise ValueError(f"no known tokenizer and no vocabulary; give {known}, a vocab.txt, a SentencePiece .model, or "
-                         f"a directory with one")
+        raise ValueError(f"no known tokenizer and no vocabulary; give {', '.join(TOKENIZERS)}, a vocab.txt, a "
+                         f"SentencePiece .model, or a directory with one")
     if path.suffix == ".model":
         try:
             return SentencePiece(path)
@@ -168,7 +167,10 @@ def save_tokenizer(tokenizer, directory):
 
 
 def is_start_piece(piece):
-    """Return whether a SentencePiece piece begins a word. Source: official _is_start_piece."""
+    """Return whether a SentencePiece piece begins a word.
+
+    Source: official _is_start_piece, whose list of marks lacks ', = and >.
+    """
     return piece.startswith(("▁", "<")) or (len(piece) == 1 and piece in string.punctuation)
 
 
@@ -177,31 +179,30 @@ def vocabulary(tokenizer):
 
     Raises ValueError if it lacks a separator, a class mark or a piece for unknown words.
     """
-
-    def find(*names):
-        return next((tokenizer.vocab[name] for name in names if name in tokenizer.vocab), None)
-
-    missing = [names for names in (("[SEP]", "<sep>"), ("[CLS]", "<cls>"), ("[UNK]", "<unk>")) if find(*names) is None]
-    if missing:
-        raise ValueError(f"the vocabulary has no {' and no '.join(names[0] for names in missing)}; add it as a line")
-    size = max(tokenizer.vocab.values()) + 1
-    sentence_piece = isinstance(tokenizer, SentencePiece)
+    ids, sentence_piece = tokenizer.vocab, isinstance(tokenizer, SentencePiece)
+    sep, cls, unk, pad, bos, eos = "[SEP]", "[CLS]", "[UNK]", "[PAD]", "[CLS]", "[SEP]"
+    if sentence_piece:
+        sep, cls, unk, pad, bos, eos = "<sep>", "<cls>", "<unk>", "<pad>", "<s>", "</s>"
+    if missing := [piece for piece in (sep, cls, unk) if piece not in ids]:
+        remedy = "train it with them, see the README" if sentence_piece else "add it as a line"
+        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}; {remedy}")
+    size = max(ids.values()) + 1
     word_start = np.zeros(size, dtype=bool)
-    for piece, i in tokenizer.vocab.items():
+    for piece, i in ids.items():
         word_start[i] = is_start_piece(piece) if sentence_piece else not piece.startswith("##")
     content = json.dumps(tokenizer.config) + sha256(tokenizer.vocab_file)
     return Vocabulary(
-        size, find("[SEP]", "<sep>"), find("[CLS]", "<cls>"), find("[PAD]", "<pad>"), find("<eod>"),
-        find("[UNK]", "<unk>"), find("[CLS]", "<s>", "<cls>"), find("[SEP]", "</s>", "<sep>"), word_start,
-        hashlib.sha256(content.encode()).hexdigest())
+        size, sep_id=ids[sep], cls_id=ids[cls], pad_id=ids.get(pad), eod_id=ids.get("<eod>"), unk_id=ids[unk],
+        bos_id=ids.get(bos, ids[cls]), eos_id=ids.get(eos, ids[sep]), word_start=word_start,
+        digest=hashlib.sha256(content.encode()).hexdigest())
 
 
 def read_text(paths, tokenizer, vocab, cache_dir):
     """Return the Text of UTF-8 files, one sentence a line: from the cache, if it has been tokenized before.
 
-    A blank line ends a document, and so does a file: it leaves vocab.eod_id as a sentence of its own, or nothing if
-    that is None. A folder of cache_dir is named by content, of files and vocabulary; it is complete before it has its
-    name, and while one process makes it, others that want it wait.
+    A blank line ends a document, and so does the end of a file before another: it leaves vocab.eod_id as a sentence of
+    its own, or nothing if that is None. A folder of cache_dir is named by content, of files and vocabulary; it is
+    complete before it has its name, and while one process makes it, others that want it wait.
 
     Raises OSError if a file cannot be read or cache_dir not be written, ValueError if a file is not UTF-8 or holds no
     token.
@@ -250,7 +251,7 @@ def tokenize(paths, tokenizer, vocab, folder):
     size = sum(map(os.path.getsize, paths))
     progress = tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
     parallel = joblib.Parallel(min(joblib.cpu_count(), 1 + size // CHUNK), return_as="generator", idle_worker_timeout=5)
-    encoded = parallel(joblib.delayed(encode_chunk)(chunk, goes_on, tokenizer.vocab_file, vocab.eod_id)
+    encoded = parallel(joblib.delayed(encode_chunk)(chunk, goes_on, tokenizer.vocab_file, vocab.digest, vocab.eod_id)
                        for chunk, goes_on in read_chunks(paths, progress))
     counts, sentences = np.zeros(vocab.size, dtype=np.int64), 0
     with (open(folder / "ids", "wb") as ids_file, open(folder / "begins", "wb") as begins_file, progress,
@@ -300,8 +301,8 @@ def read_chunks(paths, progress):
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(vocab_file):
-    """Return the function from a line to its ids.
+def encoder(vocab_file, digest):
+    """Return the function from a line to its ids; `digest` tells another vocabulary in the same file.
 
     BERT's tokenizer is slow, and none of its pieces crosses a space: it is given words, and the frequent ones once.
     """
@@ -316,9 +317,9 @@ def encoder(vocab_file):
     return lambda line: [i for word in line.split(" ") for i in encode_word(word)]
 
 
-def encode_chunk(chunk, goes_on, vocab_file, eod_id):
+def encode_chunk(chunk, goes_on, vocab_file, digest, eod_id):
     """Return the ids of a chunk, [n] int32, and at which of them a sentence begins, [n_begins] int64."""
-    encode, ids, begins = encoder(vocab_file), [], []
+    encode, ids, begins = encoder(vocab_file, digest), [], []
     for line in chunk.removesuffix("\n").split("\n"):
         line = line.strip()
         sentence = encode(line) if line else [] if goes_on or eod_id is None else [eod_id]
@@ -383,16 +384,9 @@ def split_a_and_b(row, begin_idx, tot_len, rng):
         b_begin = row.cut(before - 1) if before > 0 else 0
         b_end = row.cut(after) if after < n_cuts else len(ids)
 
-    a_len, b_len = a_end - begin_idx, b_end - b_begin
-    excess = a_len + b_len - tot_len
-    level = min(excess, abs(a_len - b_len))  # taken off the longer one, until both are equally long
-    if a_len > b_len:
-        a_len -= level
-    else:
-        b_len -= level
-    a_len -= (excess - level) // 2  # the rest in turns, beginning with B
-    b_len -= (excess - level + 1) // 2
-    return ids[begin_idx : begin_idx + a_len], ids[b_begin : b_begin + b_len]
+    # A gets what B leaves, at least half (rounded up), at most what it has
+    a_len = min(a_end - begin_idx, max(tot_len - (b_end - b_begin), (tot_len + 1) // 2))
+    return ids[begin_idx : begin_idx + a_len], ids[b_begin : b_begin + tot_len - a_len]
 
 
 def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, reverse=False):
@@ -411,9 +405,9 @@ def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, revers
     mask = np.zeros(seg_len, dtype=bool)
     if reverse:
         word_start = word_start[::-1]
-    # next_start[p]: the first word that begins at p or later, seg_len if there is none
+    # next_start[p]: the first word that begins at p or later, seg_len if there is none; p in [0, seg_len]
     next_start = np.where(word_start, np.arange(seg_len), seg_len)
-    next_start = np.minimum.accumulate(next_start[::-1])[::-1].tolist()
+    next_start = [*np.minimum.accumulate(next_start[::-1])[::-1].tolist(), seg_len]
 
     weight = 1 / np.arange(1, MAX_GRAM + 1)
     lengths = rng.choice(np.arange(1, MAX_GRAM + 1), size=goal_num_predict, p=weight / weight.sum()).tolist()
@@ -422,15 +416,11 @@ def sample_mask(word_start, mask_alpha, mask_beta, goal_num_predict, rng, revers
     num_predict = cur_len = 0
     for length, place in zip(lengths, places):
         length = min(length, goal_num_predict - num_predict)
-        if length == 0:
-            break
         ctx_size = length * mask_alpha // mask_beta
         l_ctx = int(place * ctx_size)
-        if cur_len + l_ctx >= seg_len:
-            break
-        beg = next_start[cur_len + l_ctx]
+        beg = next_start[min(cur_len + l_ctx, seg_len)]
         end = beg + length
-        if end >= seg_len:
+        if length == 0 or end >= seg_len:
             break
         mask[beg:end] = True
         num_predict += length
@@ -459,7 +449,7 @@ def create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alp
 
     -> dict of input: [seq_len] int64; seg_id: [seq_len] int64; is_masked: [seq_len] bool with exactly num_predict
     True, the larger half of them in inp
-    Source: the paper, sections 2.4 and 2.5; official create_tfrecords.
+    Source: the paper, sections 2.4 and 2.5, where CLS stands first; official create_tfrecords, where it is last.
     """
     begin = window * reuse_len
     inp = row.ids[begin : begin + reuse_len]
@@ -482,9 +472,9 @@ def local_perm(is_masked, functional, perm_size, rng):
     """Draw a factorization order; return each position's place in it, and which positions are to be predicted.
 
     One order of perm_size positions is drawn and used in every block of that length; an earlier block comes before
-    a later one. Tokens without a loss are given at the start: their rank is -1. SEP and CLS (functional) take part in
-    the order like the targets, so that what they have gathered is seen only by those who may; nothing is to be
-    predicted there. What ranks say of who sees whom: `perm_mask`.
+    a later one. What is neither masked nor SEP or CLS (functional) is given at the start: its rank is -1. SEP and CLS
+    take part in the order like the targets, so that what they have gathered is seen only by those who may; nothing is
+    to be predicted there. What ranks say of who sees whom: `perm_mask`.
 
     is_masked, functional: [part_len] bool; perm_size divides part_len
     -> rank: [part_len] int64, -1 to part_len - 1; is_target: [part_len] bool, masked and not functional
@@ -519,7 +509,7 @@ def permute(feature, reuse_len, perm_size, num_predict, rng):
 
     -> dict of inp_k: [seq_len] int64, the tokens, targets included: the content stream needs them;
     inp_q: [seq_len] float32, 1 = to be predicted;
-    perm_mask: [seq_len] int64, the ranks, those of the second part above all of the first;
+    perm_mask: [seq_len] int64, ranks, which stand for the matrix; those of the second part are above all of the first;
     target_mapping: [num_predict] int64, the position of each prediction, -1 in an empty slot;
     target: [num_predict] int64, the token there, 0 in an empty slot;
     target_mask: [num_predict] float32, 1 = counts, 0 = empty slot, which a masked SEP or CLS leaves;

@@ -226,7 +226,6 @@ def check_flags(args):
     largest = min(2 * args.reuse_len, 2 * other_len + 1)  # the larger half is predicted in the first part
     rows = args.rows or args.batch_size
     each = smallest_batch(args)
-    no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     for wrong, message in (
         (other_len <= 3, f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
          f"--seq_len {args.seq_len}; give at most {args.seq_len - 4}"),
@@ -243,7 +242,8 @@ def check_flags(args):
         (rows % args.batch_size, f"--rows {rows} is no multiple of --batch_size "
          f"{args.batch_size}; try {max(1, rows // args.batch_size) * args.batch_size}"),
         (args.min_lr_ratio > 1, f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1"),
-        (no_cuda, "--device cuda: PyTorch finds no CUDA device here; give auto or cpu"),
+        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: PyTorch finds no CUDA device here; "
+         "give auto or cpu"),
         (args.device != "cpu" and 0 < torch.cuda.device_count() < LOCAL_WORLD_SIZE,
          f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are too few for {LOCAL_WORLD_SIZE} "
          f"processes; start as many, or give cpu"),
@@ -261,7 +261,8 @@ def check_flags(args):
 def get_lr(update, args, total_updates):
     """Return the learning rate of an update, counted from 0, of total_updates.
 
-    Source: official model_utils.get_train_op, with the decay's last value at the last update.
+    Source: official model_utils.get_train_op, one update ahead: no update is made with rate 0 while it rises, and the
+    last one has the decay's last value.
     """
     if update < args.warmup_steps:
         return args.learning_rate * (update + 1) / args.warmup_steps
@@ -271,7 +272,7 @@ def get_lr(update, args, total_updates):
 
 
 def lm_loss(logits, target, target_mask):
-    """Return the mean cost of the real targets, in nats: empty slots weigh nothing.
+    """Return the mean of -log p, equation (4), over the real targets, equation (5), in nats: empty slots weigh nothing.
 
     logits: [num_predict, bsz, n_token]; target, target_mask: [num_predict, bsz]
     Source: the paper, section 2.3; official two_stream_loss.
@@ -283,12 +284,15 @@ def lm_loss(logits, target, target_mask):
 
 
 def parameter_groups(model, weight_decay):
-    """Return AdamW's groups: biases, the three attention biases and LayerNorm are not decayed. Source: official."""
-    no_decay = {name for name, _ in model.named_parameters() if "bias" in name or "layer_norm" in name}
-    return [
-        {"params": [p for name, p in model.named_parameters() if name not in no_decay], "weight_decay": weight_decay},
-        {"params": [p for name, p in model.named_parameters() if name in no_decay], "weight_decay": 0.0},
-    ]
+    """Return AdamW's groups: biases and LayerNorm are not decayed.
+
+    Source: official AdamWeightDecayOptimizer, which does decay r_w_bias, r_r_bias and r_s_bias. With the local start
+    r_r_bias tells each head where to look, and is left alone.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        (kept if "bias" in name or "layer_norm" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
 def unigram_entropy(counts):
@@ -320,6 +324,8 @@ def load_text(flag, paths, args, tokenizer, vocab):
             with tempfile.TemporaryDirectory() as folder:  # what is mapped outlives its name
                 return data_utils.read_text(paths, tokenizer, vocab, folder)
     except OSError as error:
+        if error.filename not in paths:
+            raise
         raise UserError(f"--{flag} {error.filename}: {error.strerror}; give a text file") from None
     except ValueError as error:
         raise UserError(f"--{flag} {error}") from None
@@ -338,8 +344,9 @@ def cut_rows(flag, paths, text, n_rows, args):
 
 def default_rows(n_tokens, args):
     """Return batch_size on a page; on a longer text up to MAX_TURNS times that, if rows have TURN_WINDOWS windows."""
-    windows = n_tokens // (args.reuse_len * args.batch_size)
-    return args.batch_size * min(MAX_TURNS, max(1, windows // TURN_WINDOWS))
+    row_len = args.seq_len + (TURN_WINDOWS - 1) * args.reuse_len
+    forward_rows = args.batch_size // (2 if args.bi_data else 1)
+    return args.batch_size * min(MAX_TURNS, max(1, n_tokens // (forward_rows * row_len)))
 
 
 def sizes(args):
@@ -382,7 +389,7 @@ class Run:
         windows = data_utils.n_windows(len(self.groups[0][0].ids), args.seq_len, args.reuse_len)
         self.pass_len = windows * len(self.groups)
         ends = (args.num_step or math.inf) * self.pass_len, (args.train_steps or math.inf) * args.grad_accum_steps
-        self.last = min(ends)  # step of the run
+        self.last = min(ends)  # the step after which the run is over
         self.total_updates = self.last // args.grad_accum_steps
         if self.total_updates == 0:
             raise UserError(f"--grad_accum_steps {args.grad_accum_steps} is more than the {self.last} steps of the "
@@ -415,10 +422,13 @@ class Run:
         groups = parameter_groups(model, args.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
         self.step = 0  # windows trained on, a line printed for each
-        self.mems, self.pass_cost = [None] * len(self.groups), 0.0  # of each group; of the steps of this pass, added up
+        self.mems, self.pass_cost = [None] * len(self.groups), 0.0  # of each group; the costs of this pass, added up
         self.loader, self.coming = ThreadPoolExecutor(max_workers=1), {}  # batches, by step, made ahead of need
         if state:
             self.load_state_dict(state)
+        if self.step > self.last:
+            raise UserError(f"--resume: the run is at step {self.step}, beyond its end at step {self.last}; give a "
+                            f"larger --num_step or --train_steps")
 
     def next_batch(self):
         """Return the batch of the next step; a new pass begins every row again, with nothing before it."""
@@ -442,7 +452,7 @@ class Run:
         return {key: tensor.pin_memory().to(self.device, non_blocking=True) for key, tensor in batch.items()}
 
     def forward(self, batch, mems):
-        """Return the mean cost of a batch, the number of its targets, and the new memory."""
+        """Take the targets out of a batch; return their mean cost, their number, and the new memory."""
         target, target_mask = batch.pop("target"), batch.pop("target_mask")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             logits, mems = self.network(**batch, mems=mems)
@@ -490,13 +500,13 @@ class Run:
     def evaluate(self, batches):
         """Return the mean cost of all targets of successive batches, in nats, with dropout off and memory carried."""
         self.network.eval()
-        total, count, mems = 0.0, 0.0, None
+        cost_sum, count, mems = 0.0, 0.0, None
         for batch in batches:
             cost, targets, mems = self.forward(self.to_device(batch), mems)
-            total += (cost * targets).item()
+            cost_sum += (cost * targets).item()
             count += targets.item()
         self.network.train()
-        return total / max(1, count)
+        return cost_sum / max(1, count)
 
     def state_dict(self):
         """Return the state as tensors and plain values, in the process of rank 0; the weights are in model.safetensors.
@@ -514,7 +524,7 @@ class Run:
         if dist.is_initialized():
             dist.gather_object(own, None if RANK else processes)
         paths = {name: os.path.abspath(path) for name in ("valid", "tokenizer")
-                 if (path := getattr(self.args, name)) and os.path.exists(path)}
+                 if (path := getattr(self.args, name)) and path not in data_utils.TOKENIZERS}
         return self.identity | {
             "flags": vars(self.args) | paths | {"data": [os.path.abspath(path) for path in self.args.data]},
             "step": self.step,
@@ -545,8 +555,8 @@ class Run:
 
 def checkpoints(output_dir):
     """Return the checkpoints of a run, the newest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def open_output_dir(output_dir, resumed):
@@ -652,7 +662,7 @@ class Log:
 
     def wait(self):
         """Wait for the numbers of the last step that was added."""
-        if self.lag and self.waiting:
+        if self.waiting:
             self.waiting[-1][1].synchronize()
 
     def add(self, metrics):
@@ -663,7 +673,7 @@ class Log:
         self.flush(self.lag)
 
     def flush(self, behind=0):
-        """Tell all steps but the last `behind`; end the run if a number is not finite, for which see `Run.update`."""
+        """Tell all steps but the last `behind`."""
         while len(self.waiting) > behind:
             copies, arrived = self.waiting.pop(0)
             if arrived:
@@ -673,17 +683,20 @@ class Log:
             self.write(self.told)
 
     def write(self, metrics):
-        """Print the line of a step, write a row, and no value that the step does not have."""
+        """Print the line of a step and write its row; end the run if a number is not finite: see `Run.update`."""
         step, epoch, cost = metrics["step"], metrics["pass"], metrics["cost"]
         window = (step - 1) % self.pass_len + 1
         self.line(f"Number of Epoch: {epoch:04d} in {window:04d} Step cost = {cost:.6f}")
         for what, value in ("cost", cost), ("norm of the gradient", metrics.get("gradient_norm", 0)):
             if not math.isfinite(value):
-                sys.exit(f"main.py: the {what} of step {step}, window {window} of pass {epoch}, is {value}; "
-                         f"stopped before the update; try a smaller --learning_rate")
+                self.close()
+                warn(f"the {what} of step {step}, window {window} of pass {epoch}, is {value}; stopped before the "
+                     f"update; try a smaller --learning_rate")
+                sys.exit(1)
         if "validation_cost" in metrics:
             valid = metrics["validation_cost"]
-            self.line(f"Validation cost = {valid:.6f} perplexity = {math.exp(valid):.2f}")
+            perplexity = torch.tensor(valid, dtype=torch.float64).exp()  # which may be infinite
+            self.line(f"Validation cost = {valid:.6f} perplexity = {perplexity:.2f}")
         self.progress.update()
         if self.file:
             csv.DictWriter(self.file, METRICS).writerow(metrics)
@@ -814,7 +827,8 @@ def train(run):
 def main(argv=None):
     """Run the command line argv, sys.argv by default, and return the final metrics as a dict.
 
-    The columns of metrics.csv in the last step, and updates made, mean_cost of the last pass, unigram_entropy.
+    The columns of metrics.csv in the last step, if one was made, and updates, mean_cost of the last pass,
+    unigram_entropy.
     """
     parser = build_parser()
     given = vars(parser.parse_args(argv))

@@ -8,11 +8,10 @@ appendix B, and zihangdai/xlnet, modeling.py ("official" below). The official na
 `r_r_bias` are Transformer-XL's u and v.
 
 Axes, in every einsum and every shape:
-    i  query position (qlen)           j  key position (klen = mlen + qlen)
-    b  batch (bsz)                     n  head (n_head)
-    d  width of a head (d_head)        h  width of the model (d_model)
-    m  predicted slot (num_predict)    r  relative distance, from klen down (rlen)
-    rows  of both streams: qlen positions, then num_predict slots
+    i  query: a position (qlen), or a row of both streams: qlen positions, then num_predict slots
+    j  key position (klen = mlen + qlen)           r  relative distance, from klen down (rlen)
+    b  batch (bsz)                                 n  head (n_head)
+    d  width of a head (d_head)                    h  width of the model (d_model)
 """
 
 import inspect
@@ -38,6 +37,11 @@ SEGMENTS = 8  # segment ids are below this; three are used, and matrix units lik
 LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
 
 
+def frequencies(d_model, device=None):
+    """Return the angular frequencies of the position features, from 1 down, in radians per token: [d_model / 2]."""
+    return 10000 ** (-torch.arange(0, d_model, 2.0, device=device) / d_model)
+
+
 def relative_positional_encoding(qlen, klen, d_model, clamp_len, attn_type, bi_data, bsz, device=None):
     """Return sinusoids of every distance a query can have from a key: query position minus key position.
 
@@ -56,13 +60,8 @@ def relative_positional_encoding(qlen, klen, d_model, clamp_len, attn_type, bi_d
     sign = torch.ones(bsz, device=device)
     if bi_data:
         sign[bsz // 2 :] = -1
-    angle = torch.einsum("r,b,h->rbh", distance, sign, frequencies(d_model, device))
+    angle = torch.einsum("r,b,h->rbh", distance, sign, frequencies(d_model, device))  # d_model / 2 wide
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def frequencies(d_model, device=None):
-    """Return the angular frequencies of the position features, 1 down to 1/10000 radians per token: [d_model / 2]."""
-    return 10000 ** (-torch.arange(0, d_model, 2.0, device=device) / d_model)
 
 
 def rel_shift(x, klen):
@@ -107,7 +106,8 @@ def dropout(x, rate, training):
     """Do what F.dropout does, several times faster on a CPU, where that draws one Bernoulli variable at a time.
 
     Eight random bits decide on each value: it is dropped if they are below 256 * rate. Where that is not a whole
-    number, each row draws to which side to round it, so that the chance of a value is `rate` exactly.
+    number, each row draws to which side to round it, so that the chance of a value is `rate` exactly. Close to rate 1
+    the threshold might not fit into eight bits.
 
     x: [..., width], float; rate: in [0, 1)
     """
@@ -155,10 +155,10 @@ def create_mask(qlen, mlen, same_length, device=None):
 class Group(NamedTuple):
     """Rows that may look at the same keys: a part of the content stream, or the query stream."""
 
-    rows: slice  # of both streams
+    rows: slice  # of the axis of rows
     klen: int  # they may look at the first klen keys
     distances: slice  # of the relative distances, those between these rows and these keys
-    index: Optional[torch.Tensor]  # [bsz, 1, rows, klen], of a key's distance; None: successive rows, see rel_shift
+    index: Optional[torch.Tensor]  # [bsz, 1, rows, klen], where each key's distance is; None: rel_shift finds it
     attn_mask: torch.Tensor  # [bsz, 1, rows, klen], added to scores: 0 = visible, BLOCKED = not visible
     blind: torch.Tensor  # [bsz, 1, rows, 1] bool, True = the row sees no key at all
 
@@ -228,7 +228,7 @@ class RelativeAttention(nn.Module):
             g_z_t  <-  Attention(Q = g_z_t, KV = h_z_<t)     the query stream does not see its own token
             h_z_t  <-  Attention(Q = h_z_t, KV = h_z_<=t)    the content stream does
 
-        x: [rows, bsz, d_model], both streams or the query stream alone; h: [qlen, bsz, d_model], the content stream;
+        x: [rows, bsz, d_model], both streams or one of them; h: [qlen, bsz, d_model], the content stream;
         pos_emb: [rlen, bsz, d_model]; mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
         -> [rows, bsz, d_model], with the residual x added, normalized
         Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn and post_attention.
@@ -272,8 +272,25 @@ class Layer(nn.Module):
         return self.ff(self.rel_attn.two_stream_rel_attn(*inputs))
 
 
+def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):
+    """Change one head's position weights in place so that it starts out looking at one distance.
+
+    With u a random unit vector and p = sqrt(w) [sin(w distance), cos(w distance)], adding p u^T to r and u to
+    r_r_bias adds to the score of a key at distance x the sum over w of sqrt(w) cos(w (x - distance)), which is
+    largest at x = distance. The factors make that largest score, after the division by sqrt(d_head), `peak`.
+
+    r: [d_model, d_head]; r_r_bias: [d_head]; distance: query minus key, tokens; bias: length given to r_r_bias
+    """
+    w = frequencies(r.size(0), r.device)
+    u = F.normalize(torch.randn_like(r_r_bias), dim=0)
+    p = torch.cat([w.sqrt() * (w * distance).sin(), w.sqrt() * (w * distance).cos()])
+    r += peak * math.sqrt(r.size(1)) / (bias * w.sqrt().sum()) * torch.outer(p, u)
+    r_r_bias += bias * u
+
+
 class XLNet(nn.Module):
-    """XLNet with its language-model head; parameters have the names and shapes of transformers' XLNetLMHeadModel.
+    """XLNet with its language-model head; parameters have the names, without "transformer.", and shapes of
+    transformers' XLNetLMHeadModel.
 
     n_token: size of the vocabulary; n_layer, n_head, d_head, d_inner, d_model: the shape, d_model even
     dropout, dropatt: rates for hidden states and for attention weights, 0 = off
@@ -293,6 +310,8 @@ class XLNet(nn.Module):
             raise ValueError(f"d_model {d_model} must be even: half of the position features are sines, half cosines")
         if attn_type not in ("bi", "uni"):
             raise ValueError(f"attn_type {attn_type!r} must be 'bi' or 'uni'")
+        if ff_activation not in ACTIVATIONS:
+            raise ValueError(f"ff_activation {ff_activation!r} must be one of {', '.join(ACTIVATIONS)}")
         self.config = dict(  # transformers' names and, dropatt apart, everything of its XLNetConfig that matters here
             vocab_size=n_token, n_layer=n_layer, n_head=n_head, d_head=d_head, d_inner=d_inner, d_model=d_model,
             dropout=dropout, dropatt=dropatt, attn_type=attn_type, bi_data=bi_data, clamp_len=clamp_len,
@@ -316,8 +335,8 @@ class XLNet(nn.Module):
     def init_weights(self, init="local", init_std=None):
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
-        init: "normal" stops there, as the official code does; "local" then lets each head prefer one distance, so
-        that the query stream, which starts as the same vector at every position, has neighbours to tell apart
+        init: "normal" stops there, as the official code does (mask_emb apart); "local" then lets each head prefer one
+        distance, so that the query stream, which starts as the same vector at every position, can tell neighbours apart
         init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local": 0.09 at width 32, 0.018 at
         width 768, and at every width logits of standard deviation 0.5, a first cost near that of guessing
         """
@@ -355,7 +374,8 @@ class XLNet(nn.Module):
         """Return the model of a directory written by `save_pretrained` or by transformers, XLNetModel or with a head.
 
         overrides: arguments of the constructor that replace those of config.json
-        Raises OSError if a file is missing, ValueError if it is no XLNet that can be had here.
+        Raises OSError if a file is missing, ValueError if it is no XLNet that can be had here, SafetensorError if the
+        weights are damaged.
         """
         arguments = read_config(directory) | overrides
         model = cls(**arguments)
@@ -384,11 +404,11 @@ class XLNet(nn.Module):
         Source: official transformer_xl, "Attention mask".
         """
         bsz, klen = like.size(1), mlen + qlen
-        blocked = torch.zeros(bsz, qlen, klen, dtype=torch.bool, device=like.device)
+        blocked = torch.zeros(bsz, qlen, klen, dtype=torch.bool, device=like.device)  # memory comes before mlen
         parts = [0, qlen]
         if self.attn_type == "uni":
             blocked |= create_mask(qlen, mlen, self.same_length, like.device)
-        if perm_mask is not None and perm_mask.dim() == 3:  # all memory is visible
+        if perm_mask is not None and perm_mask.dim() == 3:
             blocked[..., mlen:] |= perm_mask.permute(2, 0, 1) > 0
         elif perm_mask is not None:
             rank = perm_mask.t()
@@ -400,8 +420,8 @@ class XLNet(nn.Module):
             blocked[..., mlen:] |= input_mask.t()[:, None] > 0
         attn_mask = like.new_zeros(blocked.shape).masked_fill_(blocked, BLOCKED)[:, None]
 
-        def group(rows, distances, index, attn_mask):
-            return Group(rows, attn_mask.size(3), distances, index, attn_mask, attn_mask.amax(dim=3, keepdim=True) < 0)
+        def group(rows, distances, index, mask):
+            return Group(rows, mask.size(3), distances, index, mask, blind=mask.amax(dim=3, keepdim=True) < 0)
 
         query = []
         if positions is not None:
@@ -491,29 +511,19 @@ ARGUMENTS = tuple(inspect.signature(XLNet).parameters)
 
 
 def read_config(directory):
-    """Return the arguments of XLNet's constructor that a directory's config.json sets; null ones are left out.
+    """Return the arguments of XLNet's constructor that a directory's config.json sets.
 
-    Raises OSError if there is no config.json, ValueError if it is not that of an XLNet with untied biases.
+    Null ones are left out; as mem_len and reuse_len they mean that transformers keeps no memory, which says nothing of
+    what pretraining should do.
+
+    Raises OSError if there is no config.json, ValueError if it is not that of an XLNet with untied biases and a tied
+    head, KeyError if it says nothing of the shape.
     """
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "xlnet" or config.get("untie_r") is False:
+    if config.get("model_type") != "xlnet" or not config.get("untie_r", True):
         raise ValueError("config.json is not that of an XLNet with untie_r")
+    if not config.get("tie_word_embeddings", True):
+        raise ValueError("config.json has tie_word_embeddings false, and the head here has the embedding's weights")
     config["n_token"] = config["vocab_size"]
     config["d_head"] = config.get("d_head") or config["d_model"] // config["n_head"]
     return {name: config[name] for name in ARGUMENTS if config.get(name) is not None}
-
-
-def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):
-    """Change one head's position weights in place so that it starts out looking at one distance.
-
-    With u a random unit vector and p = sqrt(w) [sin(w distance), cos(w distance)], adding p u^T to r and u to
-    r_r_bias adds to the score of a key at distance x the sum over w of sqrt(w) cos(w (x - distance)), which is
-    largest at x = distance. The factors make that largest score, after the division by sqrt(d_head), `peak`.
-
-    r: [d_model, d_head]; r_r_bias: [d_head]; distance: query minus key, tokens; bias: length given to r_r_bias
-    """
-    w = frequencies(r.size(0), r.device)
-    u = F.normalize(torch.randn_like(r_r_bias), dim=0)
-    p = torch.cat([w.sqrt() * (w * distance).sin(), w.sqrt() * (w * distance).cos()])
-    r += peak * math.sqrt(r.size(1)) / (bias * w.sqrt().sum()) * torch.outer(p, u)
-    r_r_bias += bias * u

@@ -103,7 +103,8 @@ def draw_window(run):
     top.set_ylabel("parts", rotation=0, ha="right", va="center")
     middle.set_ylabel("targets", rotation=0, ha="right", va="center")
     bottom.set_ylabel("position that looks")
-    bottom.set_xlabel("position that is seen (blue) or not; the black columns above are [SEP], [SEP] and [CLS]")
+    bottom.set_xlabel("position that is seen (blue) or not; the content stream also sees its own\n"
+                      "the black columns above are [SEP], [SEP] and [CLS]")
     save(figure, "window")
 
 
@@ -116,7 +117,7 @@ def draw_memory(args, windows=3):
         past = min(args.mem_len, begin)
         y = windows - window
         bars = ((begin - past, past, "#8f8f8f", "memory"), (begin, args.reuse_len, BLUE, "inp"),
-                (begin + args.reuse_len, args.seq_len - args.reuse_len, "#7fb0e6", "A, and B from anywhere"))
+                (begin + args.reuse_len, args.seq_len - args.reuse_len, "#7fb0e6", "A and B: not kept"))
         for left, width, colour, name in bars:
             axes.barh(y, width, left=left, color=colour, height=0.55, edgecolor=PAPER)
             if width:
@@ -127,7 +128,8 @@ def draw_memory(args, windows=3):
                           arrowprops={"arrowstyle": "->", "color": INK})
     axes.set_yticks(range(1, windows + 1), [f"window {window}" for window in range(windows, 0, -1)])
     axes.set_xticks(range(0, args.reuse_len * windows + args.seq_len - args.reuse_len + 1, args.reuse_len // 2))
-    axes.set_xlabel(f"token of the text (reuse_len {args.reuse_len}, mem_len {args.mem_len}, seq_len {args.seq_len})")
+    axes.set_xlabel(f"token of the text, if B follows A (reuse_len {args.reuse_len}, mem_len {args.mem_len}, "
+                    f"seq_len {args.seq_len})")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -160,14 +162,17 @@ def draw_attention(passes):
     logits, weights = attention_of_queries(run.model, batch, mems)
     mean = torch.stack(weights).mean(dim=(0, 1))[:, mems[0].size(0) :]  # of layers and heads: [num_predict, seq_len]
     share = logits[:, 0].softmax(dim=1)
-    in_first = batch["target_mapping"][:, 0] < run.args.reuse_len - 12
-    sure = torch.where(in_first, share.gather(1, batch["target"])[:, 0], 0)
-    slot = int((sure - 0.6).abs().argmin())  # neither a riddle nor known by heart
-    at = int(batch["target_mapping"][slot, 0])
-    begin, end = max(0, at - 12), at + 13
+    places = batch["target_mapping"][:, 0].tolist()
+    hidden_from = data_utils.perm_mask(batch["perm_mask"][:, 0].numpy(), batch["inp_q"][:, 0].numpy()) > 0
     pieces = run.tokenizer.convert_ids_to_tokens(batch["inp_k"][:, 0].tolist())
+    near_hidden = [slot for slot, at in enumerate(places) if 12 <= at < run.args.reuse_len - 12
+                   and pieces[at].isalpha() and hidden_from[at, at - 6 : at + 7].sum() > 1]
+    sure = share.gather(1, batch["target"])[:, 0]
+    slot = min(near_hidden, key=lambda slot: abs(sure[slot] - 0.6))  # neither a riddle nor known by heart
+    at = places[slot]
+    begin, end = at - 12, at + 13
     best, which = share[slot].topk(5)
-    blocked = data_utils.perm_mask(batch["perm_mask"][:, 0].numpy(), batch["inp_q"][:, 0].numpy())[at, begin:end] > 0
+    blocked = hidden_from[at, begin:end]
     figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     bars = left.bar(range(begin, end), mean[slot, begin:end], color=BLUE)
@@ -211,7 +216,7 @@ def draw_loss(entropy, n_token):
 
 def draw():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=50, help="that the model of attention.png trains (default: 50)")
+    parser.add_argument("--passes", type=int, default=30, help="that the model of attention.png trains (default: 30)")
     options = parser.parse_args()
     run = main.Run(main.settle({"device": "cpu"}))
     draw_order(run)

@@ -270,6 +270,24 @@ def test_unigram_entropy():
     assert main.unigram_entropy(np.array([0, 2, 1, 0, 1])) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
 
 
+@pytest.mark.parametrize("flags", [
+    "", "--batch_size 3", "--bi_data True", "--seq_len 2048 --reuse_len 32 --perm_size 32 --num_predict 64"])
+def test_default_rows_have_enough_windows(flags):
+    """One turn, or as many as leave every row 32 windows, and not one more if that did too; at most 16."""
+    args = arguments(*flags.split())
+    found = set()
+    for n_tokens in range(4000, 600_000, 977):
+        def windows(turns):
+            row_len = n_tokens // (args.batch_size * turns // (2 if args.bi_data else 1))
+            return main.data_utils.n_windows(row_len, args.seq_len, args.reuse_len)
+
+        turns = main.default_rows(n_tokens, args) // args.batch_size
+        found.add(turns)
+        assert turns == 1 or windows(turns) >= 32
+        assert turns == 16 or windows(turns + 1) < 32
+    assert found == set(range(1, 17))
+
+
 def test_lm_loss_ignores_empty_slots():
     """The mean over real targets only; 0, not a division by 0, where there is none."""
     logits = torch.tensor([[[0.0, 0.0]], [[9.0, -9.0]]])
@@ -307,6 +325,7 @@ def files(tmp_path_factory):
     (folder / "short.txt").write_text("the cat sat on the mat\n")
     (folder / "latin1.txt").write_bytes("fine\ncaf\u00e9\n".encode("latin-1"))
     (folder / "plain_vocab.txt").write_text("[PAD]\n[UNK]\nthe\ncat\n")
+    (folder / "mixed_vocab.txt").write_text("[PAD]\n<unk>\n[CLS]\n[SEP]\nthe\ncat\n")
     return folder
 
 
@@ -321,6 +340,7 @@ def files(tmp_path_factory):
                           "bert-large-cased"]),
     ("--tokenizer {files}", ["--tokenizer", "no known tokenizer"]),
     ("--tokenizer {files}/plain_vocab.txt", ["--tokenizer", "no [SEP] and no [CLS]"]),
+    ("--tokenizer {files}/mixed_vocab.txt", ["--tokenizer", "no [UNK]"]),
     ("--tokenizer {files}/latin1.txt", ["--tokenizer", "not a vocabulary"]),
     ("--bi_data maybe", ["--bi_data", "maybe", "True or False"]),
     ("--perm_size 200", ["--perm_size 200", "--reuse_len 256", "try 128 or 256"]),
@@ -380,7 +400,7 @@ def test_extreme_but_legal_flags_run(capsys, flags):
 
 def test_compile_without_a_compiler_gets_one_line(tmp_path):
     environment = dict(os.environ, CXX=str(tmp_path / "g++"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    command = [sys.executable, ROOT / "main.py", *SMALL, "--device", "cpu", "--compile"]
+    command = [sys.executable, ROOT / "main.py", *SMALL, "--n_layer", "1", "--device", "cpu", "--compile"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Step cost" not in done.stdout
     assert "Traceback" not in done.stderr  # PyTorch may warn of itself before

@@ -31,7 +31,7 @@ COMMANDS = [line.removeprefix("$ ") for block in BLOCKS for line in re.sub(r" *\
 ELSEWHERE = ("main.py", "data_utils.py", "probe.py")  # the last needs a checkpoint; test_benchmarks.py has its parts
 SHORT = {  # what is appended, and so counts
     "corpus.py": "",
-    "learning.py": "--seeds 0 --jobs 1 --data long.txt --valid data.txt --csv t.csv --png t.png",
+    "learning.py": "--seeds 0 --jobs 1 --data long.txt --valid short.txt --csv t.csv --png t.png",
     "step_time.py": "--steps 1 --shapes default --batch_size 1",
     "pipeline.py": "--passes 1",
     "checkpoint_cost.py": "--steps 2 --pairs 1",
@@ -55,6 +55,7 @@ def folder(tmp_path_factory):
     for name in ("held_out.txt", "domain.txt", "books/1.txt", "books/2.txt", "corpus/train.txt", "corpus/valid.txt"):
         (folder / name).write_text(text * 2)
     (folder / "long.txt").write_text(text * 10)
+    (folder / "short.txt").write_text("".join(text.splitlines(keepends=True)[:70]))
     released = folder / "xlnet-base-cased"
     config = transformers.XLNetConfig(vocab_size=30522, d_model=32, n_layer=2, n_head=4, d_inner=32)
     transformers.XLNetLMHeadModel(config).save_pretrained(released)

@@ -263,7 +263,7 @@ def test_a_full_disk_costs_nothing_but_the_rest(tmp_path, short_text):
     assert main.damage(tmp_path / "out" / "checkpoint-3") is None
 
 
-def test_a_cost_that_is_not_finite_stops_before_the_update(run, tmp_path, monkeypatch):
+def test_a_cost_that_is_not_finite_stops_before_the_update(run, tmp_path, monkeypatch, capsys):
     """One line with the step and the window, status 1, the last good checkpoint kept."""
     forward, calls = main.Run.forward, []
 
@@ -275,12 +275,13 @@ def test_a_cost_that_is_not_finite_stops_before_the_update(run, tmp_path, monkey
     monkeypatch.setattr(main.Run, "forward", spoil)
     with pytest.raises(SystemExit) as stop:
         run("run", "--num_step", 3, "--save_steps", 5)
-    assert "cost of step 22, window 4 of pass 2, is nan" in stop.value.code
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "cost of step 22, window 4 of pass 2, is nan" in line
     assert main.checkpoints(tmp_path / "run")[0].name == "checkpoint-20"
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run" / "checkpoint-20").values())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(run, tmp_path, monkeypatch, short_text):
+def test_a_gradient_that_is_not_finite_changes_nothing(capsys, short_text):
     """The cost is fine and its gradient overflows: the update leaves the weights and AdamW's state as they were."""
     args = main.settle(vars(main.build_parser().parse_args([*SMALL, "--data", str(short_text / "text.txt")])))
     one = main.Run(args)
@@ -301,7 +302,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(run, tmp_path, monkeypatc
     assert all(map(torch.equal, moments, after))
     with pytest.raises(SystemExit) as stop:
         main.Log(one).add(metrics)
-    assert "norm of the gradient of step 2, window 2 of pass 1, is nan" in stop.value.code
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "norm of the gradient of step 2, window 2 of pass 1, is nan" in line
 
 
 # ---------------------------------------------------------------- mistakes
@@ -313,6 +315,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(run, tmp_path, monkeypatc
     ("--output_dir {tmp}/run", ["--output_dir", "holds a run already", "--resume"]),
     ("--output_dir {tmp}/run --resume --d_model 64", ["--d_model 64", "where it is 8"]),
     ("--output_dir {tmp}/run --resume --seed 3", ["--seed 3", "where it is 0"]),
+    ("--output_dir {tmp}/run --resume --train_steps 1", ["at step 2", "end at step 1", "larger"]),
     ("--output_dir {tmp}/run --resume --data {tmp}/other.txt", ["--data", "the text has changed"]),
     ("--output_dir {tmp}/run --resume --tokenizer bert-base-cased", ["--tokenizer", "28996", "30522"]),
     ("--output_dir {tmp}/run --resume --tokenizer {tmp}/mixed", ["--tokenizer", "the vocabulary has changed"]),
@@ -343,6 +346,21 @@ def test_a_mistake_gets_one_line(run, tmp_path, capsys, flags, words):
     assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
     for word in words:
         assert word in err
+
+
+def test_a_folder_with_a_tokenizers_name_is_not_that_tokenizer(run, tmp_path, monkeypatch):
+    (tmp_path / "bert-base-uncased").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run("run", "--train_steps", 1)
+    state = torch.load(tmp_path / "run" / "checkpoint-1" / "trainer_state.pt", weights_only=True)
+    assert state["flags"]["tokenizer"] == "bert-base-uncased"
+    run("run", "--train_steps", 2, new=False)
+
+
+def test_a_huge_validation_cost_is_told(capsys, short_text):
+    args = main.settle(vars(main.build_parser().parse_args([*SMALL, "--data", str(short_text / "text.txt")])))
+    main.Log(main.Run(args)).write({"pass": 1, "step": 1, "cost": 9.5, "validation_cost": 1000.0})
+    assert "Validation cost = 1000.000000 perplexity = inf" in capsys.readouterr().out
 
 
 def test_tensorboard_where_it_is_not_installed(run, monkeypatch, capsys):
@@ -503,6 +521,8 @@ def test_fine_tuning_as_in_the_readme(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "bert"}, "not that of an XLNet"),
     ({"untie_r": False}, "untie_r"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ({"ff_activation": "silu"}, "ff_activation 'silu' must be one of relu"),
     ({"d_inner": 7}, "is missing, or not"),
 ])
 def test_from_pretrained_names_what_does_not_fit(tmp_path, change, words):

@@ -154,6 +154,18 @@ def test_a_text_is_tokenized_once(tmp_path, files, monkeypatch):
     assert len(calls) == 3
 
 
+def test_another_vocabulary_in_the_same_file(tmp_path):
+    """Whose ids are others; nothing of the one before is remembered."""
+    (tmp_path / "text.txt").write_text("the cat\n")
+    pieces, ids = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat"], []
+    for order in (pieces, pieces[::-1]):
+        (tmp_path / "vocab.txt").write_text("\n".join(order))
+        tokenizer = data_utils.load_tokenizer(tmp_path / "vocab.txt")
+        vocab = data_utils.vocabulary(tokenizer)
+        ids.append(data_utils.read_text([tmp_path / "text.txt"], tokenizer, vocab, tmp_path / "cache").ids.tolist())
+    assert ids == [[4, 5], [1, 0]]
+
+
 @pytest.mark.parametrize("name", ["ids", "begins", "about.json"])
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "missing", "longer"])
 def test_a_damaged_cache_is_made_anew(tmp_path, files, name, harm):
