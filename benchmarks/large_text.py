@@ -31,7 +31,7 @@ KINDS, FREQUENT = 300_000, 15_000  # of words in all, and from the vocabulary
 
 
 def write(path, megabytes):
-    """Write a text of about so many million bytes, in parts of 13."""
+    """Write a text of about so many million bytes, in parts of 13, or smaller ones if it is small."""
     rng = np.random.default_rng(0)
     pieces = (data_utils.VOCAB_DIR / "bert-base-uncased.txt").read_text(encoding="utf-8").split()
     whole = rng.permutation([piece for piece in pieces if piece.isascii() and piece.isalpha()])[:FREQUENT]
@@ -43,7 +43,7 @@ def write(path, megabytes):
         desc=path.name, total=megabytes, unit="MB", leave=False, disable=None
     ) as progress:
         while file.tell() < megabytes * 10**6:
-            lengths = rng.integers(5, 41, size=20_000)
+            lengths = rng.integers(5, 41, size=min(20_000, 2_000 * megabytes))
             sentences = np.split(words[rng.choice(KINDS, size=lengths.sum(), p=share)], np.cumsum(lengths)[:-1])
             for i, sentence in enumerate(sentences, start=1):
                 file.write(" ".join(sentence).capitalize() + (".\n\n" if i % 20 == 0 else ".\n"))
