@@ -84,7 +84,7 @@ def rows(folder, without=("tokens_per_second",)):
 def test_k_steps_and_the_rest_are_all_steps(run, tmp_path, short_text, monkeypatch, k, steps, flags):
     """Stopped after k steps, inside a pass, at its end, in an accumulation, a run goes on to the last bit."""
     flags = flags.format(valid=short_text / "valid.txt").split()
-    _, unbroken = run("unbroken", *flags, "--num_step", 2)
+    metrics, unbroken = run("unbroken", *flags, "--num_step", 2)
 
     write = main.Log.write
     monkeypatch.setattr(main.Log, "write", lambda log, metrics: (
@@ -93,7 +93,8 @@ def test_k_steps_and_the_rest_are_all_steps(run, tmp_path, short_text, monkeypat
         run("broken", *flags, "--num_step", 2)
     assert stop.value.code == 143
     monkeypatch.undo()
-    _, rest = run("broken", new=False)
+    metrics_of_the_rest, rest = run("broken", new=False)
+    assert metrics_of_the_rest["mean_cost"] == metrics["mean_cost"]
 
     assert len(rows(tmp_path / "unbroken")) == steps  # two passes
     assert rest == unbroken[-len(rest):] and sum("Number" in line for line in rest) == steps - k
