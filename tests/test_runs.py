@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -506,17 +507,20 @@ def test_a_run_starts_from_an_earlier_one(run, tmp_path, trained, short_text):
 def test_fine_tuning_as_in_the_readme(trained, tmp_path, monkeypatch, capsys):
     """The README's example runs as it stands, and beats the majority class on sentences held out.
 
-    These are 35, of which one seed gets 0.57 right and another 0.77, and machines that round differently change them
-    over: the mean of four is judged, which was 0.60 to 0.68.
+    These are 35, of which one seed gets 0.54 right and another 0.77, and a machine that rounds differently changes the
+    seeds over: the mean of three is judged, on either half of the sentences.
     """
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     assert '"out/checkpoint-1400"' in example and "manual_seed(0)" in example
     monkeypatch.chdir(ROOT)
-    for seed in range(4):
-        exec(example.replace("out/checkpoint-1400", str(trained)).replace("seed(0)", f"seed({seed})"), {})
+    example = example.replace("out/checkpoint-1400", str(trained))
+    swapped = re.sub(r"examples\[(1?)::2\]", lambda half: f"examples[{'' if half[1] else 1}::2]", example)
+    assert swapped.count("examples[::2]") == swapped.count("examples[1::2]") == 1
+    for seed, halves in itertools.product(range(3), (example, swapped)):
+        exec(halves.replace("seed(0)", f"seed({seed})"), {})
     printed = re.findall(r"accuracy (\S+), majority class (\S+)", capsys.readouterr().out)
     accuracy, majority = np.mean([list(map(float, pair)) for pair in printed], axis=0)
-    assert accuracy > majority + 0.05
+    assert len(printed) == 6 and accuracy > majority + 0.1
 
 
 @pytest.mark.parametrize("change, words", [
