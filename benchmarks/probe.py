@@ -11,6 +11,7 @@ and of the same model with random weights, and on counts of word pieces, with a 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
-import data_utils
-import main
+
+from support.corpus import Tokenizer, Vocabulary, load_text, load_tokenizer, vocabulary
+from support.flags import default_cache_dir
 from xlnet import XLNet, read_config
 
 PASSAGE = 64  # word pieces
 BEGINS = (1850, 1900, 1950)  # of the second, third and fourth class
+FEW_LABELS = (40, 200)
+DRAWS = 5  # of so few labels
 
 
-def passages(tokenizer):
-    """Return ids [n, PASSAGE], the class and the document of each, at most 20 from a document."""
+def passages(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids [n, PASSAGE], the class and the document of each passage, at most 20 from a document."""
     ids, label, document = [], [], []
     for number, (name, sentences) in enumerate(tqdm(corpus.documents().items(), leave=False, disable=None)):
         pieces = [piece for sentence in sentences[:200] for piece in tokenizer.tokenize(sentence)][: 20 * PASSAGE]
@@ -44,75 +48,102 @@ def passages(tokenizer):
 
 
 @torch.no_grad()
-def features(model, ids):
+def features(model: XLNet, ids: np.ndarray) -> np.ndarray:
     """Return the mean of the last hidden states of each passage: [n, d_model]."""
     batches = torch.from_numpy(ids).split(64)
-    return torch.cat([model.hidden(batch.t())[0].mean(dim=0) for batch in tqdm(batches, leave=False, disable=None)])
+    means = [model.hidden(batch.t())[0].mean(dim=0) for batch in tqdm(batches, leave=False, disable=None)]
+    return torch.cat(means).numpy()
 
 
-def classify(model, untrained, tokenizer):
+def count_pieces(ids: np.ndarray, n_token: int) -> np.ndarray:
+    """Return how often each piece occurs in each passage: [n, n_token]."""
+    counts = np.zeros((len(ids), n_token), dtype=np.float32)
+    np.add.at(counts, (np.arange(len(ids))[:, None], ids), 1)
+    return counts
+
+
+def classify(model: XLNet, untrained: XLNet, tokenizer: Tokenizer) -> None:
+    """Print the accuracy with each kind of features, on documents that were not trained on."""
     ids, label, document = passages(tokenizer)
     rng = np.random.default_rng(0)
-    tested = np.isin(document, rng.permutation(document.max() + 1)[: (document.max() + 1) // 4])
-    counts = np.zeros((len(ids), len(tokenizer.vocab)), dtype=np.float32)
-    np.add.at(counts, (np.arange(len(ids))[:, None], ids), 1)
+    n_document = document.max() + 1
+    is_tested = np.isin(document, rng.permutation(n_document)[: n_document // 4])
     kinds = {
         "features of the checkpoint": (features(model, ids), StandardScaler()),
         "features of random weights": (features(untrained, ids), StandardScaler()),
-        "counts of word pieces (tf-idf)": (counts, TfidfTransformer()),
+        "counts of word pieces (tf-idf)": (count_pieces(ids, len(tokenizer.vocab)), TfidfTransformer()),
     }
-    sizes = (40, 200, (~tested).sum())
-    draws = {size: [rng.permutation(np.flatnonzero(~tested))[:size] for _ in range(5 if size < (~tested).sum() else 1)]
-             for size in sizes}
-    majority = np.bincount(label[tested]).max() / tested.sum()
-    print(f"\nHalf century of a passage: {tested.sum()} passages of unseen documents, largest class {majority:.2f}\n\n"
-          f"| accuracy with so many labels | {' | '.join(map(str, sizes))} |\n|---|---|---|---|")
+    trainable = np.flatnonzero(~is_tested)
+    draws = {}  # of the passages to train on, by their number
+    for size in (*FEW_LABELS, len(trainable)):
+        n_draw = DRAWS if size < len(trainable) else 1
+        draws[size] = [rng.permutation(trainable)[:size] for _ in range(n_draw)]
+    majority = np.bincount(label[is_tested]).max() / is_tested.sum()
+    print(
+        f"\nHalf century of a passage: {is_tested.sum()} passages of unseen documents, largest class {majority:.2f}\n\n"
+        f"| accuracy with so many labels | {' | '.join(map(str, draws))} |\n|---|---|---|---|"
+    )
     for name, (x, scaler) in kinds.items():
         accuracies = []
-        for size in sizes:
-            scores = [make_pipeline(scaler, LogisticRegression(max_iter=2000)).fit(x[train], label[train])
-                      .score(x[tested], label[tested]) for train in draws[size]]
+        for samples in draws.values():
+            scores = []
+            for train in samples:
+                classifier = make_pipeline(scaler, LogisticRegression(max_iter=2000))
+                classifier.fit(x[train], label[train])
+                scores.append(classifier.score(x[is_tested], label[is_tested]))
             accuracies.append(f"{np.mean(scores):.2f}")
         print(f"| {name} | {' | '.join(accuracies)} |", flush=True)
 
 
 @torch.no_grad()
-def guess(model, ids, blank):
+def guess(model: XLNet, ids: np.ndarray, blank: int) -> tuple[list[int], list[float]]:
     """Return the five likeliest ids for one place of a window, which nobody sees, and their probabilities."""
     inp = torch.from_numpy(ids)[:, None]
     perm_mask = torch.zeros(len(inp), len(inp), 1)
-    perm_mask[:, blank] = 1
+    perm_mask[:, blank] = 1  # 1 = must not see
     is_blank = (torch.arange(len(inp)) == blank).float()[:, None]
     logits, _ = model(inp, perm_mask=perm_mask, target_mapping=torch.tensor([[blank]]), inp_q=is_blank)
     probability, best = logits.flatten().softmax(dim=0).topk(5)
     return best.tolist(), probability.tolist()
 
 
-def fill_blanks(model, tokenizer, vocab, path, count=10, before=96, after=32):
-    """Print guesses of the query stream for whole words of held-out text."""
-    ids = main.load_text("valid", [path], main.settle({}), tokenizer, vocab).ids.astype(np.int64)
+def fill_blanks(
+    model: XLNet,
+    tokenizer: Tokenizer,
+    vocab: Vocabulary,
+    path: str,
+    count: int = 10,
+    before: int = 96,
+    after: int = 32,
+) -> None:
+    """Print guesses of the query stream for whole words of held-out text.
+
+    count: of words; before, after: pieces of text around each
+    """
+    ids = load_text("valid", [path], default_cache_dir(), tokenizer, vocab).ids.astype(np.int64)
     pieces = {i: piece for piece, i in tokenizer.vocab.items()}
     words = [i for i in range(before, len(ids) - after) if pieces[ids[i]].isalpha() and vocab.word_start[ids[i + 1]]]
     print("\n| held-out text | it was | the five likeliest |\n|---|---|---|")
     for at in np.sort(np.random.default_rng(0).choice(words, count, replace=False)):
         around = ids[at - 8 : at], ids[at + 1 : at + 7]
         text = [" ".join(pieces[i] for i in part).replace(" ##", "") for part in around]
-        best = zip(*guess(model, ids[at - before : at + after], before))
-        guesses = ", ".join(f"{pieces[i]} {probability:.2f}" for i, probability in best)
+        best, probabilities = guess(model, ids[at - before : at + after], before)
+        guesses = ", ".join(f"{pieces[i]} {p:.2f}" for i, p in zip(best, probabilities, strict=True))
         print(f"| {text[0]} \\_\\_ {text[1]} | {pieces[ids[at]]} | {guesses} |")
 
 
-def benchmark():
+def benchmark(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, and print what the checkpoint knows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint")
     parser.add_argument("--valid", default="corpus/valid.txt", help="held-out text (default: %(default)s)")
-    options = parser.parse_args()
-    tokenizer = data_utils.load_tokenizer(options.checkpoint)
+    options = parser.parse_args(argv)
+    tokenizer = load_tokenizer(options.checkpoint)
     model = XLNet.from_pretrained(options.checkpoint).eval()
     torch.manual_seed(0)
     untrained = XLNet(**read_config(options.checkpoint)).eval()
     classify(model, untrained, tokenizer)
-    fill_blanks(model, tokenizer, data_utils.vocabulary(tokenizer), options.valid)
+    fill_blanks(model, tokenizer, vocabulary(tokenizer), options.valid)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""What the comparison in benchmarks/learning.py rests on."""
+"""What the comparison in benchmarks/learning.py rests on, and the parts of benchmarks/probe.py."""
 
+import contextlib
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -9,113 +11,253 @@ import torch
 
 import data_utils
 import main
-import xlnet
+from support import corpus
+from xlnet import XLNet, prediction_loss
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
 import probe
 
 DATA = str(Path(main.__file__).parent / "data.txt")
+SMALL = ["--data", DATA, "--n_layer", "2", "--train_steps", "9"]
 
 
-def make(name, **flags):
-    kind, variant_flags = learning.VARIANTS[name]
-    small = {"data": [DATA], "n_layer": 2, "train_steps": 9}
-    return kind(main.settle(small | variant_flags | flags))
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """A held-out text of a few windows."""
+    path = tmp_path_factory.mktemp("valid") / "valid.txt"
+    path.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:70]))
+    return str(path)
 
 
-def test_the_collator_means_the_same_to_both_models():
-    """With the same weights, the cost of a collated batch is that of transformers' model as run_plm.py calls it."""
-    ours, theirs = make("collator"), make("transformers")
-    ours.model.load_state_dict(
-        {name.removeprefix("transformer."): weight for name, weight in theirs.model.state_dict().items()})
+def make(name, valid, *words):
+    return learning.prepare(learning.VARIANTS[name], [*SMALL, *words], valid)
+
+
+def sharpen(model):
+    """Make the weights larger: an untrained model hardly looks at its input."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+
+
+def loss_of(model, batch):
+    batch = dict(batch)
+    target, target_mask = batch.pop("target"), batch.pop("target_mask")
+    logits, mems = model(**batch)
+    return prediction_loss(logits, target, target_mask), mems
+
+
+# ---------------------------------------------------------------- learning.py: transformers' collator and model
+
+
+@pytest.mark.slow
+def test_the_collator_means_the_same_to_both_models(valid):
+    """With the same weights, our loss of a collated batch is that of transformers' model as run_plm.py calls it."""
+    (ours, _), (theirs, _) = make("collator", valid), make("transformers", valid)
+    sharpen(theirs.model)
+    ours.model.load_state_dict(learning.our_weights(theirs.model))
     for step in range(3):
-        torch.manual_seed(step)  # of the collator
-        mine = ours.load_batch(step)
-        torch.manual_seed(step)
-        batch = theirs.load_batch(step)
-        loss, _, mems = ours.forward(dict(mine), None)
-        torch.testing.assert_close(loss, theirs.forward(batch, None)[0], rtol=1e-5, atol=1e-5)
-        assert mems == [None] * 2
-        masked = batch["labels"][0] != -100
-        assert (batch["input_ids"][0, masked] == ours.mask_id).all() and masked.sum() == len(mine["target"]) > 20
-    assert np.array_equal(ours.chunks.ravel(), ours.text.ids[: ours.chunks.size])
+        collated = theirs.loader.collated(step)
+        output = theirs.model.peer(**collated, use_mems=False)  # with labels, as the Trainer passes them
+        for run in (ours, theirs):
+            loss, mems = loss_of(run.model, run.loader.batch(step))
+            torch.testing.assert_close(loss, output.loss, rtol=1e-5, atol=1e-5)
+            assert mems == [None] * 2
+        masked = collated["labels"][0] != -100
+        assert torch.equal(ours.loader.batch(step)["inp_q"][:, 0] > 0, masked)
+        assert (collated["input_ids"][0, masked] == ours.tokenizer.vocab["[MASK]"]).all()
+        assert masked.sum() == len(ours.loader.batch(step)["target"]) > 20
+    assert np.array_equal(ours.loader.chunks.ravel(), ours.text.ids[: ours.loader.chunks.size])
 
 
-def test_every_chunk_once_before_any_again():
-    run = make("transformers", seed=3)
+def test_the_peer_starts_as_its_config_says(valid):
+    """Weights are those that transformers draws after the run's seed, with the shape of the flags."""
+    run, _ = make("transformers", valid, "--seed", "3", "--d_inner", "48", "--ff_activation", "gelu")
+    torch.manual_seed(3)
+    config = learning.transformers.XLNetConfig(
+        vocab_size=30522, d_model=32, n_layer=2, n_head=4, d_inner=48, ff_activation="gelu", dropout=0.0
+    )
+    fresh = learning.transformers.XLNetLMHeadModel(config).state_dict()
+    assert run.model.peer.state_dict().keys() == fresh.keys()
+    assert all(torch.equal(weight, fresh[name]) for name, weight in run.model.peer.state_dict().items())
+    assert run.args.clip == 1.0
+
+
+@pytest.mark.parametrize("name", ["collator", "transformers"])
+def test_every_chunk_once_before_any_again(valid, name):
+    """A pass is every chunk, each pass in another order; a batch is the same again, and no generator moves."""
+    run, _ = make(name, valid, "--seed", "3")
+    loader, state = run.loader, torch.get_rng_state()
+    again = [loader.batch(step) for step in (5, 2)]
+    assert all(torch.equal(again[0][key], value) for key, value in loader.batch(5).items())
+    assert not torch.equal(again[0]["perm_mask"], again[1]["perm_mask"])
+    assert torch.equal(torch.get_rng_state(), state)
+
     seen = []
-    run.collate = lambda examples: seen.append(tuple(examples[0]["input_ids"].tolist()))
-    for step in range(2 * len(run.chunks)):
-        run.collated(step)
-    first, second = seen[: len(run.chunks)], seen[len(run.chunks) :]
-    assert sorted(first) == sorted(second) == sorted(map(tuple, run.chunks.tolist())) and first != second
+    loader.collate = lambda examples: seen.append(tuple(examples[0]["input_ids"].tolist()))
+    for step in range(2 * loader.pass_len):
+        loader.collated(step)
+    first, second = seen[: loader.pass_len], seen[loader.pass_len :]
+    assert sorted(first) == sorted(second) == sorted(map(tuple, loader.chunks.tolist())) and first != second
 
 
-@pytest.mark.parametrize("name", ["default", "bi_data", "one segment", "collator", "transformers", "mem_len 0"])
-def test_judging_changes_nothing(name):
+# ---------------------------------------------------------------- learning.py: judging
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["default", "bi_data", "one segment", "collator", "transformers", "mem_len 0", "dropout 0.1"]
+)
+def test_judging_changes_nothing(name, valid):
     """Every variant can be judged in the middle of a run, which then goes on as if it had not been."""
-    costs = []
+    held_out, last_losses = [], []
     for judged in (False, True):
-        run = make(name)
-        batches = learning.judged_batches(run, DATA)[:2]
-        torch.manual_seed(0)
-        for _ in range(3):
-            run.train_step()
-            if judged:
-                costs.append(run.judge(batches))
-        costs.append(run.train_step()["cost"].item())
-    assert costs[0] == costs[-1] and len(set(costs[1:4])) == 3 and all(8 < cost < 11 for cost in costs)
+        run, judge = make(name, valid)
+        with contextlib.closing(main.train(run, main.make_reporter(run, silent=True))) as steps:
+            for _ in range(3):
+                next(steps)
+                if judged:
+                    held_out.append(judge.held_out_loss(run.model))
+            last_losses.append(float(next(steps)["loss"]))
+    assert last_losses[0] == last_losses[1]
+    assert len(set(held_out)) == 3 and all(8 < loss < 11 for loss in [*held_out, *last_losses])
 
 
-def test_transformers_weights_are_the_ones_judged():
-    """By our model, which must hold them, and judge them as the model that was trained."""
-    run = make("transformers")
-    batches = learning.judged_batches(run, DATA)[:2]
-    judged = run.judge(batches)
-    assert all(torch.equal(weight, run.ours.state_dict()[name.removeprefix("transformer.")])
-               for name, weight in run.model.state_dict().items())
-    assert isinstance(run.ours, xlnet.XLNet) and not isinstance(run.model, xlnet.XLNet)
-    run.network = run.ours
-    mask_id = run.tokenizer.vocab["[MASK]"]
-    seen = [{key: value for key, value in batch.items() if key != "seg_id"} for batch in batches]
-    corrupted = [batch | {"inp_k": torch.where(batch["inp_q"] > 0, mask_id, batch["inp_k"])} for batch in seen]
-    assert judged == min(run.evaluate(map(dict, seen)), run.evaluate(map(dict, corrupted)))
+def test_transformers_weights_are_the_ones_judged(valid):
+    """In our model, which must hold them; their own model gives the same loss; the better of two windows counts."""
+    run, judge = make("transformers", valid)
+    sharpen(run.model)
+    judged = judge.held_out_loss(run.model)
+    ours = judge.run.model
+    assert isinstance(ours, XLNet) and not isinstance(run.model, XLNet)
+    for name, weight in run.model.peer.state_dict().items():
+        assert torch.equal(weight, ours.state_dict()[name.removeprefix("transformer.")])
+
+    default = main.prepare(["--valid", valid]).valid_loader
+    assert default.pass_len >= 2
+    losses = []
+    for with_mask in (False, True):
+        total = n_target = 0.0
+        for step in range(default.pass_len):
+            batch = default.batch(step)
+            del batch["seg_id"]
+            if with_mask:
+                batch["inp_k"][batch["inp_q"] > 0] = run.tokenizer.vocab["[MASK]"]
+            batch["perm_mask"] = torch.from_numpy(
+                data_utils.ranks_to_mask(batch.pop("rank")[:, 0].numpy(), batch.pop("inp_q")[:, 0].numpy())
+            )[:, :, None]
+            positions = batch["target_mapping"]
+            one_hot = torch.nn.functional.one_hot(positions.clamp(min=0), 512) * (positions >= 0)[:, :, None]
+            batch["target_mapping"] = one_hot.permute(0, 2, 1).float()
+            with torch.no_grad():
+                loss, _ = loss_of(run.model.eval(), batch)
+            n = batch["target_mask"].sum().item()
+            total, n_target = total + loss.item() * n, n_target + n
+        losses.append(total / n_target)
+    assert judged == pytest.approx(min(losses), abs=1e-5) and abs(losses[0] - losses[1]) > 1e-3
+    of_each = [main.evaluate(ours, loader, run.device) for loader in judge.loaders]
+    assert of_each == pytest.approx(losses, abs=1e-5)
 
 
-def test_one_segment_is_contiguous_text():
-    run = make("one segment")
-    batch = run.load_batch(1)
-    assert batch["inp_k"][:510, 0].tolist() == run.text.ids[256 : 256 + 510].tolist() and "seg_id" not in batch
-    assert batch["inp_k"][510:, 0].tolist() == [run.vocab.sep_id, run.vocab.cls_id]
-    assert torch.equal(batch["target"][:80, 0], batch["inp_k"][batch["target_mapping"][:80, 0], 0])
+@pytest.mark.parametrize("name", ["default", "bi_data"])
+def test_judged_is_what_valid_has_at_default_flags(name, valid):
+    """Read forwards, whatever the flags of the run."""
+    run, judge = make(name, valid, "--num_predict", "42", "--seed", "1")
+    held_out = judge.held_out_loss(run.model)
+    run.model.bi_data = False
+    assert held_out == main.evaluate(run.model, main.prepare(["--valid", valid]).valid_loader, run.device)
+    assert not judge.run.model.bi_data
 
 
-def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, monkeypatch, capsys):
+def test_one_segment_is_contiguous_text(valid):
+    """Also in a batch of several rows, and backwards; it is judged without segment ids."""
+    run, judge = make("one segment", valid, "--bi_data", "True")
+    batch = run.loader.batch(1)
+    for member, ids in enumerate((run.text.ids, run.text.ids[::-1])):
+        assert batch["inp_k"][:510, member].tolist() == ids[256 : 256 + 510].tolist()
+        assert batch["inp_k"][510:, member].tolist() == [run.vocab.sep_id, run.vocab.cls_id]
+        n_target = int(batch["target_mask"][:, member].sum())
+        positions = batch["target_mapping"][:n_target, member]
+        assert n_target > 80 and positions.max() < 510
+        assert torch.equal(batch["target"][:n_target, member], batch["inp_k"][positions, member])
+    assert "seg_id" not in batch and "seg_id" not in judge.loaders[0].batch(0)
+
+
+# ---------------------------------------------------------------- learning.py: the csv and the table
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Make the benchmark's runs in this process; return a list that counts them, a number for each call."""
+
+    def make_runs(options, tasks):
+        counts.append(len(tasks))
+        learning.start_worker(multiprocessing.Value("i", 0), threads=1)
+        for task in tasks:
+            learning.append(options.csv, learning.train(task))
+
+    counts = []
+    monkeypatch.setattr(learning, "make_runs", make_runs)
+    return counts
+
+
+@pytest.mark.slow
+def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, made, valid, capsys):
     """A second call with one seed more makes only that, and tabulates both; a call without seeds makes none."""
-    made = []
-    make_runs = learning.make_runs
-    monkeypatch.setattr(
-        learning, "make_runs", lambda options, tasks: made.append(len(tasks)) or make_runs(options, tasks))
-    valid = tmp_path / "valid.txt"
-    valid.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:70]))
-    command = ["learning.py", "--updates", "2", "--data", DATA, "--valid", str(valid), "--variants", "default",
-               "mem_len 0", "--csv", str(tmp_path / "t.csv"), "--png", str(tmp_path / "t.png"), "--seeds"]
+    table, picture = tmp_path / "t.csv", tmp_path / "t.png"
+    command = ["--updates", "2", "--data", DATA, "--valid", valid, "--variants", "default", "mem_len 0"]
+    command += ["--csv", str(table), "--png", str(picture), "--seeds"]
     for seeds in (["0"], ["0", "1"], []):
-        monkeypatch.setattr(sys, "argv", [*command, *seeds])
-        learning.benchmark()
-    assert made == [2, 2, 0] and (tmp_path / "t.png").stat().st_size > 10_000
-    rows = learning.read(tmp_path / "t.csv")
+        learning.benchmark([*command, *seeds])
+    assert made == [2, 2, 0] and picture.stat().st_size > 10_000
+    rows = learning.read(table)
     assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in ("default", "mem_len 0") for s in "01"}
     assert [int(row["updates"]) for row in rows] == [1, 2] * 4
-    last = capsys.readouterr().out.splitlines()[-1]
-    ends = [float(row["held_out_cost"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "2"]
-    assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last
+    out = capsys.readouterr()
+    ends = [float(row["held_out_loss"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "2"]
+    last = out.out.splitlines()[-1]
+    assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last and out.err == ""
+
+    metrics = main.main(["--data", DATA, "--valid", valid, "--train_steps", "2"])  # what "default" and seed 0 mean
+    [end] = [row for row in rows if (row["variant"], row["seed"], row["updates"]) == ("default", "0", "2")]
+    assert float(end["held_out_loss"]) == pytest.approx(metrics["validation_loss"], abs=1e-4)
+    assert float(end["training_loss"]) == pytest.approx(metrics["loss"], abs=1e-4)
+
+
+def test_no_table_mixes_targets(tmp_path, made, valid, capsys):
+    """A curve judged on other targets is made again and left out of the table; a line says so."""
+    table = tmp_path / "t.csv"
+    row = dict.fromkeys(learning.COLUMNS, "1") | {"text": "data.txt", "shape": "32", "budget": "1 updates"}
+    row |= {"variant": "default", "seed": "0", "held_out_loss": "99"}
+    learning.append(table, [row])
+    command = ["--updates", "1", "--data", DATA, "--valid", valid, "--variants", "default"]
+    learning.benchmark([*command, "--csv", str(table), "--png", str(tmp_path / "t.png")])
+    out = capsys.readouterr()
+    assert made == [1] and [row["targets"] for row in learning.read(table)] == ["1", learning.TARGETS]
+    held_out = float(learning.read(table)[1]["held_out_loss"])
+    assert out.out.splitlines()[-1].startswith(f"| default | 1 | 1 | {held_out:.3f} |") and 8 < held_out < 11
+    assert out.err == "learning.py: left out 1 curves that were judged on other targets\n"
+
+
+def test_a_csv_with_other_columns_is_refused(tmp_path, made, valid, capsys):
+    """With one line, before any run; the results of this repository have the columns and the mark of old targets."""
+    table = tmp_path / "t.csv"
+    table.write_text("text,shape,budget,variant,seed\n")
+    with pytest.raises(SystemExit) as end:
+        learning.benchmark(["--updates", "1", "--data", DATA, "--valid", valid, "--csv", str(table)])
+    assert end.value.code == 2 and f"--csv {table} has not the columns" in capsys.readouterr().err and made == []
+    assert {row["targets"] for row in learning.read(learning.RESULTS / "learning.csv")} <= {"1", learning.TARGETS}
+
+
+# ---------------------------------------------------------------- probe.py
 
 
 def test_a_guess_depends_on_all_of_the_window_but_the_blank():
+    """Changing any other token moves the probabilities; they are sorted and belong to five ids."""
     torch.manual_seed(0)
-    model = xlnet.XLNet(n_token=50, n_layer=3, n_head=2, d_head=4, d_inner=8, d_model=8, dropout=0.0, dropatt=0.0)
+    model = XLNet(n_token=50, n_layer=3, n_head=2, d_head=4, d_inner=8, d_model=8, dropout=0.0, dropatt=0.0)
     ids = np.random.default_rng(0).integers(50, size=12)
     before = probe.guess(model.eval(), ids, 5)
     for place in range(12):
@@ -126,25 +268,26 @@ def test_a_guess_depends_on_all_of_the_window_but_the_blank():
     assert len(set(best)) == 5 and probability == sorted(probability, reverse=True) and 0 < sum(probability) < 1
 
 
+@pytest.mark.slow
 def test_passages_are_classified_on_documents_that_were_not_trained_on(monkeypatch, capsys):
     """Words that tell the half century: counts are always right. Words that tell the document only: never better."""
     words = ["red", "green", "blue", "white"]
     century = {f"{1800 + 50 * (n % 4)}-{n}": [f"{words[n % 4]} " * 200] for n in range(32)}
-    tokenizer = data_utils.load_tokenizer("bert-base-uncased")
+    tokenizer = corpus.load_tokenizer("bert-base-uncased")
     monkeypatch.setattr(probe.corpus, "documents", lambda: century)
     ids, label, document = probe.passages(tokenizer)
     assert ids.shape == (32 * 3, 64) and label.tolist() == [n % 4 for n in range(32) for _ in range(3)]
     assert document.tolist() == [n for n in range(32) for _ in range(3)]
 
-    model = main.Run(main.settle({"n_layer": 1, "device": "cpu"})).model.eval()
+    model = XLNet(len(tokenizer.vocab), n_layer=1).eval()
     probe.classify(model, model, tokenizer)
     rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [float(accuracy) for accuracy in rows[-1]] == [1.0] * 3
     assert rows[1] == rows[2]  # the same model twice
 
     names = [piece for piece in tokenizer.vocab if piece.isalpha() and len(piece) == 6][:32]
-    monkeypatch.setattr(probe.corpus, "documents", lambda: {
-        name: [f"{word} " * 200] for word, name in zip(names, century)})
+    documents = {name: [f"{word} " * 200] for word, name in zip(names, century, strict=True)}
+    monkeypatch.setattr(probe.corpus, "documents", lambda: documents)
     probe.classify(model, model, tokenizer)
     last = capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]
     assert max(map(float, last)) < 0.7

@@ -1,6 +1,8 @@
 """The pipeline by its properties, for any legal flags, and against the official code's loops written out."""
 
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_utils
-from data_utils import Row, Vocabulary
+from data_utils import Loader, Row, prefetch
+from support.corpus import Text, Vocabulary
 
 SEP, CLS = 98, 99
 N_TOKEN = 100
-SIZES = dict(seq_len=32, reuse_len=16, perm_size=8, num_predict=6, mask_alpha=6, mask_beta=1)
+SIZES = dict(seq_len=32, reuse_len=16, num_predict=6, mask_alpha=6, mask_beta=1)
 
 
 def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
@@ -27,15 +30,18 @@ def make_row(rng, row_len, word_share=0.7, sentence=12, backward=False):
 
 @st.composite
 def legal_flags(draw):
-    """Any flags that main.check_flags lets pass, on small windows."""
+    """Any flags that support.flags.check lets pass, on small windows."""
     perm_size = draw(st.integers(1, 8))
     reuse_len = perm_size * draw(st.integers(1, 6))
     other_len = perm_size * draw(st.integers(-(-4 // perm_size), 4 + -(-4 // perm_size)))
     mask_beta = draw(st.integers(1, 4))
     return dict(
-        seq_len=reuse_len + other_len, reuse_len=reuse_len, perm_size=perm_size,
+        seq_len=reuse_len + other_len,
+        reuse_len=reuse_len,
+        perm_size=perm_size,
         num_predict=draw(st.integers(1, min(2 * reuse_len, 2 * other_len + 1))),
-        mask_beta=mask_beta, mask_alpha=draw(st.integers(mask_beta, 10)),
+        mask_beta=mask_beta,
+        mask_alpha=draw(st.integers(mask_beta, 10)),
     )
 
 
@@ -69,8 +75,15 @@ def test_every_window_is_as_designed(flags, seed, extra, sentence, backward):
 def check_permutation(batch, feature, reuse_len, perm_size, num_predict):
     """Hold make_permute's result against its definition, position by position."""
     seq_len = len(feature["input"])
-    shapes = dict(inp_k=(seq_len,), inp_q=(seq_len,), perm_mask=(seq_len, seq_len), target_mapping=(num_predict,),
-                  target=(num_predict,), target_mask=(num_predict,), seg_id=(seq_len,))
+    shapes = dict(
+        inp_k=(seq_len,),
+        inp_q=(seq_len,),
+        perm_mask=(seq_len, seq_len),
+        target_mapping=(num_predict,),
+        target=(num_predict,),
+        target_mask=(num_predict,),
+        seg_id=(seq_len,),
+    )
     assert {key: tuple(tensor.shape) for key, tensor in batch.items()} == shapes
     functional = np.isin(feature["input"], [SEP, CLS])
     is_target = feature["is_masked"] & ~functional
@@ -104,8 +117,8 @@ def check_permutation(batch, feature, reuse_len, perm_size, num_predict):
         assert sorted(ranks) == list(range(len(ranks)))
 
 
-def test_perm_mask_of_four_tokens_by_hand():
-    """The example of perm_mask's docstring: "the cat sat [SEP]" in the order sat, [SEP], the, cat."""
+def test_mask_of_four_tokens_by_hand():
+    """The example of ranks_to_mask's docstring: "the cat sat [SEP]" in the order sat, [SEP], cat."""
 
     class Order:
         def permutation(self, n):
@@ -113,9 +126,10 @@ def test_perm_mask_of_four_tokens_by_hand():
             return np.array([2, 3, 0, 1])  # the place of the, cat, sat, [SEP] in the order
 
     rank, is_target = data_utils.local_perm(
-        np.array([False, True, True, False]), np.array([False, False, False, True]), perm_size=4, rng=Order())
+        np.array([False, True, True, False]), np.array([False, False, False, True]), perm_size=4, rng=Order()
+    )
     assert rank.tolist() == [-1, 3, 0, 1]
-    mask = data_utils.perm_mask(rank, is_target)
+    mask = data_utils.ranks_to_mask(rank, is_target)
     assert mask.astype(int).tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     assert is_target.tolist() == [False, True, True, False]
 
@@ -126,7 +140,7 @@ def test_orders_are_shared_by_blocks_and_fresh_at_each_visit():
     everything, nothing = np.ones(9, dtype=bool), np.zeros(9, dtype=bool)
     counts = {}
     for _ in range(6000):
-        mask = data_utils.perm_mask(*data_utils.local_perm(everything, nothing, perm_size=3, rng=rng))
+        mask = data_utils.ranks_to_mask(*data_utils.local_perm(everything, nothing, perm_size=3, rng=rng))
         blocks = [mask[b : b + 3, b : b + 3] for b in (0, 3, 6)]
         assert (blocks[0] == blocks[1]).all() and (blocks[0] == blocks[2]).all()
         order = tuple(mask[:3, :3].sum(axis=1))
@@ -292,86 +306,207 @@ def test_batchify_cuts_like_the_official_code():
     assert [row.ids.tolist() for row in both[:2]] == [row.ids.tolist() for row in plain]
     assert [row.ids.tolist() for row in both[2:]] == [row.ids[::-1].tolist() for row in plain]
     assert [row.backward for row in both] == [False, False, True, True]
-    for forward, backward in zip(both[:2], both[2:]):
+    for forward, backward in zip(both[:2], both[2:], strict=True):
         sentences = np.split(forward.ids, cuts_of(forward))
         backwards = np.split(backward.ids, cuts_of(backward))
         assert [s.tolist() for s in backwards] == [s[::-1].tolist() for s in sentences[::-1]]
 
 
 @pytest.mark.parametrize("bi_data", [False, True])
-def test_groups_of_rows_that_take_turns(bi_data):
-    """Group after group, the forward rows are the text in its order; with bi_data each has its backward twin."""
+def test_rows_take_turns(bi_data):
+    """Turn after turn, the forward rows are the text in its order; with bi_data each has its backward twin."""
     ids, cuts = np.arange(100), np.arange(3, 100, 7)
-    groups = data_utils.batchify(ids, cuts, n_rows=12, batch_size=4, bi_data=bi_data)
-    assert [len(group) for group in groups] == [4, 4, 4]
-    forward = [row for group in groups for row in (group[:2] if bi_data else group)]
+    turns = data_utils.batchify(ids, cuts, n_rows=12, batch_size=4, bi_data=bi_data)
+    assert [len(turn) for turn in turns] == [4, 4, 4]
+    forward = [row for turn in turns for row in (turn[:2] if bi_data else turn)]
     assert np.concatenate([row.ids for row in forward]).tolist() == list(range(96))
-    for group in groups if bi_data else ():
-        assert [row.backward for row in group] == [False, False, True, True]
-        assert all(row.ids.tolist() == twin.ids[::-1].tolist() for row, twin in zip(group[:2], group[2:]))
+    for turn in turns if bi_data else ():
+        assert [row.backward for row in turn] == [False, False, True, True]
+        assert all(row.ids.tolist() == twin.ids[::-1].tolist() for row, twin in zip(turn[:2], turn[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "n_rank, bi_data, expected",
+    [(1, False, [[0, 1, 2, 3]]), (2, False, [[0, 1], [2, 3]]), (2, True, [[0, 2], [1, 3]]), (1, True, [[0, 1, 2, 3]])],
+)
+def test_processes_share_the_rows(n_rank, bi_data, expected):
+    """Each place belongs to one process; with bi_data a process has as many forward rows as their backward twins."""
+    parts = [data_utils.members_of_process(4, bi_data, rank, n_rank) for rank in range(n_rank)]
+    assert parts == expected
+    larger = [data_utils.members_of_process(24, bi_data, rank, 3) for rank in range(3)]
+    assert sorted(sum(larger, [])) == list(range(24))
+    for part in larger:
+        assert len(part) == 8 and part == sorted(part)
+        if bi_data:
+            assert [place + 12 for place in part[:4]] == part[4:]
+
+
+# ---------------------------------------------------------------- batches
+
+
+def make_loader(n_tokens=2000, seed=0, changed=None, twice=False, **flags):
+    """Return a loader of a random text.
+
+    changed: begin and end of a stretch of it that is different; twice: after the text comes the same text again
+    """
+    row, vocab = make_row(np.random.default_rng(0), n_tokens)
+    ids, cuts = row.ids.copy(), row.cuts
+    if changed:
+        begin, end = changed
+        ids[begin:end] = (ids[begin:end] + 1) % SEP
+    if twice:
+        ids, cuts = np.tile(ids, 2), np.concatenate([cuts, cuts + n_tokens])
+    text = Text(ids, cuts, np.bincount(ids, minlength=N_TOKEN), "")
+    flags = {"n_rows": 2, "batch_size": 2, "bi_data": False} | flags
+    return Loader(text, vocab, seed=seed, perm_size=8, **SIZES, **flags)
+
+
+def same(batch, other):
+    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+
+
+def column(batch, member):
+    return {name: tensor[:, member] for name, tensor in batch.items()}
 
 
 def test_batches_stack_rows_and_are_made_lazily():
-    """Member b of a batch is the next window of row b; drawing one batch reads only that."""
-    rng = np.random.default_rng(4)
-    row, vocab = make_row(rng, 10_000_000)
-    [rows] = data_utils.batchify(row.ids, row.cuts, n_rows=4, batch_size=4, bi_data=True)
-    batches = data_utils.create_batches(rows, vocab, [rng] * 4, **SIZES)
+    """Member b of a batch is the next window of row b; making one batch reads only that."""
+    loader = make_loader(10_000_000, n_rows=4, batch_size=4, bi_data=True)
+    [rows] = loader.turns
+    shapes = {"inp_k": 32, "inp_q": 32, "rank": 32, "seg_id": 32, "target_mapping": 6, "target": 6, "target_mask": 6}
+    begin = time.process_time()
     for window in range(2):
-        batch = next(batches)
-        assert batch["inp_k"].shape == (32, 4) and batch["perm_mask"].shape == (32, 4)
+        batch = loader.batch(window)
+        assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {k: (n, 4) for k, n in shapes.items()}
         for b in range(4):
             part = rows[b].ids[16 * window : 16 * window + 16]
             assert torch.equal(batch["inp_k"][:16, b], torch.from_numpy(part.copy()))
-    [short] = data_utils.batchify(row.ids[:200], row.cuts[row.cuts < 200], 4, 4, bi_data=True)
-    assert len(list(data_utils.create_batches(short, vocab, [rng] * 4, **SIZES))) == (100 - 32) // 16 + 1
+    assert time.process_time() - begin < 1
+    assert make_loader(200, n_rows=4, batch_size=4, bi_data=True).pass_len == (100 - 32) // 16 + 1
 
 
-def test_the_same_generator_gives_the_same_data():
-    def draw():
-        rng = np.random.default_rng(5)
-        row, vocab = make_row(np.random.default_rng(0), 500)
-        return list(data_utils.create_batches([row], vocab, [rng], **SIZES))
-
-    for one, other in zip(draw(), draw(), strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-# ---------------------------------------------------------------- text and vocabularies
-
-
-@pytest.fixture(scope="module")
-def uncased():
-    return data_utils.load_tokenizer("bert-base-uncased")
+def test_turns_and_windows_by_hand():
+    """Rows of three turns, five windows each: every step reads the next window of the next turn, and then anew."""
+    loader = make_loader(6 * 100, n_rows=6, batch_size=2)
+    ids = np.concatenate([row.ids for turn in loader.turns for row in turn])
+    assert loader.pass_len == 15 and len(loader.turns) == 3
+    by_hand = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3), (0, 4)]
+    by_hand += [(1, 4), (2, 4), (0, 0), (1, 0)]
+    for step, (turn, window) in enumerate(by_hand):
+        assert loader.turn(step) == turn
+        inp_k = loader.batch(step)["inp_k"]
+        for member in range(2):
+            begin = 100 * (2 * turn + member) + 16 * window
+            assert inp_k[:16, member].tolist() == ids[begin : begin + 16].tolist()
 
 
-def test_bundled_tokenizers(uncased):
-    """Sizes as published; only the cased ones keep case and accents; special ids are the tokenizer's own."""
-    assert uncased.tokenize("Über Paris's") == ["uber", "paris", "'", "s"]
-    vocab = data_utils.vocabulary(uncased)
-    assert (vocab.size, vocab.sep_id, vocab.cls_id, vocab.eod_id) == (30522, 102, 101, None)
-    cased = data_utils.load_tokenizer("bert-large-cased")
-    assert data_utils.vocabulary(cased).size == 28996
-    assert cased.tokenize("Paris paris") == ["Paris", "par", "##is"]
-    pieces = ["un", "##bel", "##ie", "##va", "##bly", "so"]
-    assert uncased.tokenize("unbelievably so") == pieces
-    assert vocab.word_start[uncased.convert_tokens_to_ids(pieces)].tolist() == [True, *[False] * 4, True]
+def test_a_batch_depends_on_text_seed_step_and_place_alone():
+    """Batches are the same again, in any order, from another loader; each of the four changes them."""
+    loader = make_loader(n_rows=4)
+    batches = [loader.batch(step) for step in range(6)]
+    torch.manual_seed(1)  # global generators have no part in it
+    np.random.seed(1)
+    again = make_loader(n_rows=4)
+    for step in (5, 0, 3, 3, 1):
+        assert same(again.batch(step), batches[step]) and same(loader.batch(step), batches[step])
+
+    other_seed, next_pass = make_loader(n_rows=4, seed=1).batch(2), loader.batch(2 + loader.pass_len)
+    for other in (other_seed, next_pass):  # the same stretch of text, with other targets and another order
+        assert torch.equal(other["inp_k"][:16], batches[2]["inp_k"][:16])
+        assert not torch.equal(other["rank"], batches[2]["rank"])
+    twins = make_loader(twice=True).batch(0)  # two rows of the same text
+    assert torch.equal(*twins["inp_k"][:16].T)
+    assert not torch.equal(*twins["rank"].T) and not torch.equal(*twins["inp_q"].T)
+
+    # The rows of the first turn are the first and the second 500 tokens.
+    changed = make_loader(n_rows=4, changed=(500, 1000)).batch(2)
+    assert same(column(changed, 0), column(batches[2], 0)) and not same(column(changed, 1), column(batches[2], 1))
 
 
-@pytest.mark.parametrize("pieces, lower", [(["the", "##s"], True), (["The", "the"], False)])
-@pytest.mark.parametrize("as_directory", [False, True])
-def test_a_vocabulary_of_ones_own(tmp_path, pieces, lower, as_directory):
-    """A file or its directory; one piece with a capital letter, special pieces aside, makes it cased."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eod>", *pieces]))
-    tokenizer = data_utils.load_tokenizer(str(tmp_path if as_directory else tmp_path / "vocab.txt"))
-    assert tokenizer.tokenize("THE the")[0] == ("the" if lower else "[UNK]")
-    vocab = data_utils.vocabulary(tokenizer)
-    assert vocab[:5] == (7, 3, 2, 0, 4)
+@pytest.mark.parametrize("bi_data", [False, True])
+def test_a_share_of_the_members_gives_the_same_columns(bi_data):
+    """What one process of several loads is its part of the whole batch; the rows of a batch are not alike."""
+    whole = make_loader(n_rows=8, batch_size=4, bi_data=bi_data)
+    for members in ([0, 2], [1, 3], [3], [2, 1]):
+        share = make_loader(n_rows=8, batch_size=4, bi_data=bi_data, members=members)
+        assert share.pass_len == whole.pass_len
+        for step in (0, 1, 5):
+            batch = whole.batch(step)
+            assert same({name: tensor[:, members] for name, tensor in batch.items()}, share.batch(step))
+            assert len(batch["rank"].unique(dim=1)[0]) == 4
 
 
-@pytest.mark.parametrize("piece, starts", [
-    ("▁the", True), ("the", False), ("<sep>", True), (",", True), ("~", True), ("...", False), ("—", False),
-])
-def test_sentence_piece_word_starts(piece, starts):
-    """The mark, a special piece, or one ASCII punctuation mark."""
-    assert data_utils.is_start_piece(piece) == starts
+@pytest.mark.parametrize(
+    "n_tokens, flags, message",
+    [
+        (63, {}, "has 63 tokens and needs 64, a window of --seq_len 32 .* smaller --seq_len or --batch_size"),
+        (127, {"n_rows": 4}, "has 127 tokens and needs 128, .* smaller --seq_len or --rows"),
+        (31, {"bi_data": True}, "has 31 tokens and needs 32, .*--batch_size"),
+    ],
+)
+def test_a_text_that_is_too_short(n_tokens, flags, message):
+    """The error says how many tokens there are, how many are needed, and what else would do; one more is enough."""
+    with pytest.raises(ValueError, match=message):
+        make_loader(n_tokens, **flags)
+    assert make_loader(n_tokens + 1, **flags).pass_len == flags.get("n_rows", 2) // 2
+
+
+class Recorder:
+    """A loader whose batch is the number of the step; it records the steps made and by which thread."""
+
+    def __init__(self):
+        self.made, self.threads = [], set()
+
+    def batch(self, step):
+        if step == 13:
+            raise RuntimeError("thirteen")
+        self.made.append(step)
+        self.threads.add(threading.current_thread())
+        return {"step": torch.tensor(step)}
+
+
+def wait_until(condition):
+    """Return whether a condition becomes true within five seconds."""
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_prefetch_yields_the_batches_in_order():
+    """Every step of a range once, wherever it begins; no step, no batch; an error of the loader reaches the caller."""
+    cpu = torch.device("cpu")
+    assert [int(batch["step"]) for batch in prefetch(Recorder(), range(3, 9), cpu)] == [3, 4, 5, 6, 7, 8]
+    assert list(prefetch(Recorder(), range(4, 4), cpu)) == []
+    loader = make_loader()
+    for step, batch in enumerate(prefetch(loader, range(loader.pass_len), cpu)):
+        assert same(batch, loader.batch(step)) and all(tensor.device == cpu for tensor in batch.values())
+    batches = prefetch(Recorder(), range(11, 20), cpu)
+    assert [int(next(batches)["step"]) for _ in range(2)] == [11, 12]
+    with pytest.raises(RuntimeError, match="thirteen"):
+        next(batches)
+
+
+def test_prefetch_is_one_batch_ahead():
+    """Another thread makes the next batch while the caller has this one, and nothing beyond it."""
+    loader = Recorder()
+    batches = prefetch(loader, range(5), torch.device("cpu"))
+    assert loader.made == []
+    for step in range(5):
+        next(batches)
+        coming = list(range(min(step + 2, 5)))
+        assert wait_until(lambda coming=coming: loader.made == coming)
+        time.sleep(0.02)
+        assert loader.made == coming
+    assert len(loader.threads) == 1 and threading.main_thread() not in loader.threads
+
+
+def test_closing_prefetch_early_ends_its_thread():
+    """Also where the caller stops in the middle of the range."""
+    loader = Recorder()
+    batches = prefetch(loader, range(1000), torch.device("cpu"))
+    next(batches)
+    [thread] = loader.threads
+    assert thread.is_alive()
+    batches.close()
+    assert not thread.is_alive() and loader.made in ([0], [0, 1])

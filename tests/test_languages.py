@@ -1,4 +1,4 @@
-"""Other vocabularies and scripts: SentencePiece, WordPiece of one's own, and going on from a released model."""
+"""Other vocabularies and scripts: SentencePiece, your own WordPiece, and training that continues a released model."""
 
 import json
 import re
@@ -12,31 +12,54 @@ import sentencepiece
 import torch
 import transformers
 
-import data_utils
 import main
-from test_readme import BLOCKS
+from support import corpus
+from support.checkpoint import checkpoints
+from support.flags import default_cache_dir
 from xlnet import XLNet
 
 ROOT = Path(main.__file__).parent
-SMALL = ("--seq_len 32 --reuse_len 16 --perm_size 8 --mem_len 24 --num_predict 6 --n_layer 2 --n_head 2 --d_head 4 "
-         "--d_model 8 --d_inner 8").split()
+SMALL = (
+    "--seq_len 32 --reuse_len 16 --perm_size 8 --mem_len 24 --num_predict 6 --n_layer 2 --n_head 2 --d_head 4 "
+    "--d_model 8 --d_inner 8"
+).split()
 SPECIAL = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>"]  # official ids 0 to 8
+PUBLISHED = """{
+    "architectures": ["XLNetLMHeadModel"], "attn_type": "bi", "bi_data": false, "bos_token_id": 1, "clamp_len": -1,
+    "d_head": 8, "d_inner": 64, "d_model": 32, "dropout": 0.1, "end_n_top": 5, "eos_token_id": 2,
+    "ff_activation": "gelu", "initializer_range": 0.02, "layer_norm_eps": 1e-12, "mem_len": null,
+    "model_type": "xlnet", "n_head": 4, "n_layer": 2, "pad_token_id": 5, "reuse_len": null, "same_length": false,
+    "start_n_top": 5, "summary_activation": "tanh", "summary_last_dropout": 0.1, "summary_type": "last",
+    "summary_use_proj": true, "untie_r": true
+}"""  # config.json of xlnet-base-cased as published, but for its sizes
 
 
-def readme_command(words):
-    """Return the command of the README with such words in it, as the shell would take it."""
-    [block] = [block for block in BLOCKS if words in block]
-    return block
+def documented_command(words):
+    """Return the one command in the README and docs/ with such words in it, as the shell takes it."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    blocks = [block for page in pages for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.S | re.M)]
+    [command] = [block for block in blocks if words in block]
+    return command.replace("python ", f"{sys.executable} ", 1)
+
+
+def train_sentence_piece(text_file, prefix, vocab_size, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text_file),
+        model_prefix=str(prefix),
+        vocab_size=vocab_size,
+        control_symbols=SPECIAL[3:8],
+        minloglevel=2,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A folder in which the README's two commands for a vocabulary of data.txt have been run."""
+    """A folder in which the two documented commands have made vocabularies of data.txt."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "data.txt").write_bytes((ROOT / "data.txt").read_bytes())
     for words in ("SentencePieceTrainer", "BertWordPieceTokenizer"):
-        command = readme_command(words).replace("python ", f"{sys.executable} ", 1)
-        subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+        subprocess.run(documented_command(words), shell=True, cwd=folder, check=True, capture_output=True)
     return folder
 
 
@@ -44,23 +67,27 @@ def own(tmp_path_factory):
 
 
 def test_special_pieces_have_their_official_ids(own):
-    tokenizer = data_utils.load_tokenizer(str(own / "spiece.model"))
-    assert [tokenizer.processor.id_to_piece(i) for i in range(9)] == SPECIAL
-    vocab = data_utils.vocabulary(tokenizer)
+    """Special pieces have the ids 0 to 8 of the released models; pieces with the mark and punctuation start words."""
+    tokenizer = corpus.load_tokenizer(str(own / "spiece.model"))
+    assert tokenizer.convert_ids_to_tokens(range(9)) == SPECIAL
+    vocab = corpus.vocabulary(tokenizer)
     assert vocab[:8] == (len(tokenizer.vocab), 4, 3, 5, 7, 0, 1, 2)
-    starts = {tokenizer.processor.id_to_piece(int(i)) for i in np.flatnonzero(vocab.word_start)}
+    starts = set(tokenizer.convert_ids_to_tokens(np.flatnonzero(vocab.word_start)))
     assert {"<sep>", "▁the", ".", "("} <= starts and not {"s", "ing", "ed"} & starts
 
 
-@pytest.mark.parametrize("text, pieces", [
-    ("  the \t cat  ", "the cat"),
-    ("``the'' cat", '"the" cat'),
-    ("thé çat naïve Å", "the cat naive A"),
-    ("ﬁve ½", "five 1⁄2"),
-])
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("  the \t cat  ", "the cat"),
+        ("``the'' cat", '"the" cat'),
+        ("thé çat naïve Å", "the cat naive A"),
+        ("ﬁve ½", "five 1⁄2"),
+    ],
+)
 def test_text_is_treated_as_officially(own, text, pieces):
-    """Spaces, quotes and accents: the pieces are those of the plain spelling."""
-    tokenizer = data_utils.load_tokenizer(str(own))
+    """A text with odd spaces, quotes or accents has the pieces of its plain spelling."""
+    tokenizer = corpus.load_tokenizer(str(own))
     assert tokenizer.tokenize(text) == tokenizer.processor.encode(pieces, out_type=str)
 
 
@@ -82,13 +109,11 @@ def official_pieces(processor, text):
 
 
 def test_a_comma_after_digits_is_a_piece(tmp_path):
-    """With a model that has learnt pieces such as `0,` and `▁19,`, in the middle of a word and at its beginning."""
+    """A model that has learnt pieces such as `0,` and `▁19,`, inside and at the beginning of words, loses them."""
     lines = [f"in 19{n % 10},000 of 10,{n % 7}00, and 5, {n}, x{n % 3}0, " for n in range(300)]
     (tmp_path / "numbers.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "numbers.txt"), model_prefix=str(tmp_path / "numbers"), vocab_size=60,
-        control_symbols=SPECIAL[3:8], hard_vocab_limit=False, minloglevel=2)
-    tokenizer = data_utils.load_tokenizer(str(tmp_path / "numbers.model"))
+    train_sentence_piece(tmp_path / "numbers.txt", tmp_path / "numbers", 60, hard_vocab_limit=False)
+    tokenizer = corpus.load_tokenizer(str(tmp_path / "numbers.model"))
     glued = 0
     for line in lines:
         plain = tokenizer.processor.encode(line.strip(), out_type=str)
@@ -100,23 +125,23 @@ def test_a_comma_after_digits_is_a_piece(tmp_path):
 
 
 def test_lower_case_and_accents_as_transformers_config_says(own, tmp_path):
-    """do_lower_case and keep_accents in the tokenizer_config.json beside the model; both go with a checkpoint."""
+    """The tokenizer_config.json beside the model sets do_lower_case and keep_accents; a checkpoint keeps both."""
     (tmp_path / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
-    plain = data_utils.vocabulary(data_utils.load_tokenizer(str(tmp_path)))
+    plain = corpus.vocabulary(corpus.load_tokenizer(str(tmp_path)))
     config = {"do_lower_case": True, "keep_accents": True, "tokenizer_class": "XLNetTokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = data_utils.load_tokenizer(str(tmp_path))
+    tokenizer = corpus.load_tokenizer(str(tmp_path))
     assert tokenizer.tokenize("The é") == tokenizer.processor.encode("the é", out_type=str)
-    assert data_utils.vocabulary(tokenizer).digest != plain.digest  # another text in the cache
+    assert corpus.vocabulary(tokenizer).digest != plain.digest  # another text in the cache
     (tmp_path / "saved").mkdir()
-    data_utils.save_tokenizer(tokenizer, tmp_path / "saved")
+    tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()) == config
 
 
 def test_ids_are_those_of_transformers(own, tmp_path):
-    """Line by line on data.txt."""
-    tokenizer = data_utils.load_tokenizer(str(own / "spiece.model"))
-    data_utils.save_tokenizer(tokenizer, tmp_path)
+    """Every line of data.txt has the ids that transformers gives it."""
+    tokenizer = corpus.load_tokenizer(str(own / "spiece.model"))
+    tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(theirs).__name__.startswith("XLNetTokenizer")
     lines = [line for line in (ROOT / "data.txt").read_text().splitlines() if line]
@@ -124,17 +149,38 @@ def test_ids_are_those_of_transformers(own, tmp_path):
     assert len(lines) > 100 and ours == [theirs.encode(line, add_special_tokens=False) for line in lines]
 
 
+def test_a_line_is_encoded_as_a_whole(tmp_path):
+    """Pieces that cross spaces survive on the way to the cache: the ids are those of each line, not of its words."""
+    lines = [f"of the cat {n}, in the end of the day" for n in range(300)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    options = {"split_by_whitespace": False, "hard_vocab_limit": False}
+    train_sentence_piece(tmp_path / "text.txt", tmp_path / "crossing", 60, **options)
+    tokenizer = corpus.load_tokenizer(tmp_path / "crossing.model")
+    vocab = corpus.vocabulary(tokenizer)
+    assert any("▁" in piece[1:] for piece in tokenizer.tokenize(lines[0]))
+    text = corpus.read_text([tmp_path / "text.txt"], tokenizer, vocab, tmp_path / "cache")
+    assert text.ids.tolist() == [i for line in lines for i in tokenizer.encode(line)]
+
+
+def test_what_transformers_is_told_of_special_pieces(own):
+    """transformers' XLNet tokenizer puts <cls> last; the marks of a sequence are <s> and </s>."""
+    vocab = corpus.vocabulary(corpus.load_tokenizer(str(own / "spiece.model")))
+    expected = {"summary_type": "last", "pad_token_id": 5, "bos_token_id": 1, "eos_token_id": 2}
+    assert vocab.hugging_face_config() == expected
+
+
+@pytest.mark.slow
 def test_a_run_and_its_checkpoint(own, tmp_path, capsys):
-    """A whole run with a vocabulary of one's own: documents end with <eod>; transformers takes model and tokenizer."""
+    """A whole run with your own vocabulary: documents end with <eod>; transformers loads model and tokenizer."""
     flags = [*SMALL, "--data", str(own / "data.txt"), "--tokenizer", str(own / "spiece.model")]
     main.main([*flags, "--num_step", "2", "--output_dir", str(tmp_path / "out")])
     first = capsys.readouterr().out.splitlines()[0]
     tokens = int(re.search(r"([\d,]+) tokens, 0\.\d% unknown", first).group(1).replace(",", ""))
-    tokenizer = data_utils.load_tokenizer(str(own / "spiece.model"))
+    tokenizer = corpus.load_tokenizer(str(own / "spiece.model"))
     lines = (ROOT / "data.txt").read_text().split("\n")[:-1]
     assert tokens == sum(len(tokenizer.tokenize(line)) if line else 1 for line in lines)
 
-    checkpoint = main.checkpoints(tmp_path / "out")[0]
+    checkpoint = checkpoints(tmp_path / "out")[0]
     config = json.loads((checkpoint / "config.json").read_text())
     assert [config[f"{name}_token_id"] for name in ("pad", "bos", "eos")] == [5, 1, 2]
     assert config["summary_type"] == "last"
@@ -149,9 +195,10 @@ def test_a_run_and_its_checkpoint(own, tmp_path, capsys):
 
 
 def test_wordpiece_of_ones_own(own, tmp_path, capsys):
+    """A run with a WordPiece vocabulary made from its text knows every piece of the text."""
     main.main([*SMALL, "--data", str(own / "data.txt"), "--tokenizer", str(own / "vocab.txt"), "--train_steps", "2"])
     assert " 0.0% unknown" in capsys.readouterr().out
-    assert data_utils.vocabulary(data_utils.load_tokenizer(str(own / "vocab.txt"))).size == 800
+    assert corpus.vocabulary(corpus.load_tokenizer(str(own / "vocab.txt"))).size == 800
 
 
 # ---------------------------------------------------------------- other scripts
@@ -168,17 +215,17 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("tokenizer", ["bert-base-uncased", "bert-base-cased", "spiece.model"])
 def test_every_script_runs(own, tmp_path, capsys, script, tokenizer):
-    """A few hundred lines: ids of the vocabulary, the share of unknown pieces told, a warning if it is large."""
+    """On a few hundred lines all ids are legal; the share of unknown pieces is printed, with a warning if large."""
     rng = np.random.default_rng(0)
     path = tmp_path / "text.txt"
     path.write_text("".join(" ".join(rng.choice(SCRIPTS[script], 3)) + "\n" * (1 + (n % 20 == 0)) for n in range(300)))
     name = str(own / tokenizer) if tokenizer.endswith("model") else tokenizer
     metrics = main.main([*SMALL, "--data", str(path), "--tokenizer", name, "--train_steps", "5"])
     out, err = capsys.readouterr()
-    assert 0 < metrics["cost"] < 12
-    loaded = data_utils.load_tokenizer(name)
-    vocab = data_utils.vocabulary(loaded)
-    text = data_utils.read_text([str(path)], loaded, vocab, main.settle({}).cache_dir)
+    assert 0 < metrics["loss"] < 12
+    loaded = corpus.load_tokenizer(name)
+    vocab = corpus.vocabulary(loaded)
+    text = corpus.read_text([str(path)], loaded, vocab, default_cache_dir())
     assert text.ids.max() < vocab.size
     share = (text.ids == vocab.unk_id).mean()
     assert f" {share:.1%} unknown" in out
@@ -186,13 +233,12 @@ def test_every_script_runs(own, tmp_path, capsys, script, tokenizer):
 
 
 def test_a_vocabulary_of_the_text_knows_it(own, tmp_path, capsys):
-    """The remedy that the warning names."""
+    """The remedy that the warning names works: under 1% unknown pieces, and no warning."""
     (tmp_path / "data.txt").write_text("".join("\n".join(lines) + "\n" for lines in SCRIPTS.values()) * 40)
-    command = readme_command("SentencePieceTrainer").replace("python ", f"{sys.executable} ", 1)
-    command = re.sub(r"vocab_size=\d+", "vocab_size=150", command)
+    command = re.sub(r"vocab_size=\d+", "vocab_size=150", documented_command("SentencePieceTrainer"))
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
-    main.main([*SMALL, "--data", str(tmp_path / "data.txt"), "--tokenizer", str(tmp_path / "spiece.model"),
-               "--train_steps", "1"])
+    flags = f"--data {tmp_path}/data.txt --tokenizer {tmp_path}/spiece.model --train_steps 1"
+    main.main([*SMALL, *flags.split()])
     out, err = capsys.readouterr()
     assert float(re.search(r"([\d.]+)% unknown", out).group(1)) < 1 and err == ""
 
@@ -202,37 +248,33 @@ def test_a_vocabulary_of_the_text_knows_it(own, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def released(own, tmp_path_factory):
-    """A folder in the format of xlnet-base-cased, but small: made by transformers, config.json as published."""
+    """A small model in the format of xlnet-base-cased: made by transformers, config.json as published."""
     folder = tmp_path_factory.mktemp("released")
-    size = data_utils.vocabulary(data_utils.load_tokenizer(str(own / "spiece.model"))).size
+    size = corpus.vocabulary(corpus.load_tokenizer(str(own / "spiece.model"))).size
     torch.manual_seed(0)
     config = transformers.XLNetConfig(vocab_size=size, d_model=32, n_layer=2, n_head=4, d_inner=64)
     transformers.XLNetLMHeadModel(config).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["XLNetLMHeadModel"], "attn_type": "bi", "bi_data": False, "bos_token_id": 1, "clamp_len": -1,
-        "d_head": 8, "d_inner": 64, "d_model": 32, "dropout": 0.1, "end_n_top": 5, "eos_token_id": 2,
-        "ff_activation": "gelu", "initializer_range": 0.02, "layer_norm_eps": 1e-12, "mem_len": None,
-        "model_type": "xlnet", "n_head": 4, "n_layer": 2, "pad_token_id": 5, "reuse_len": None, "same_length": False,
-        "start_n_top": 5, "summary_activation": "tanh", "summary_last_dropout": 0.1, "summary_type": "last",
-        "summary_use_proj": True, "untie_r": True, "vocab_size": size,
-    }))
+    (folder / "config.json").write_text(json.dumps(json.loads(PUBLISHED) | {"vocab_size": size}))
     (folder / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
     return folder
 
 
+@pytest.mark.slow
 def test_continued_pretraining(released, own, tmp_path, capsys):
-    """300 steps on other text: the held-out cost falls; transformers loads the result, logits within 1e-5."""
+    """After 300 steps on other text the validation loss is lower; transformers computes the same logits to 1e-5."""
     lines = (ROOT / "data.txt").read_text().splitlines()
     (tmp_path / "valid.txt").write_text("\n".join(lines[:20]))
     (tmp_path / "domain.txt").write_text("\n".join(lines[20:]))
-    flags = ["--init_checkpoint", str(released), "--data", str(tmp_path / "domain.txt"), "--valid",
-             str(tmp_path / "valid.txt"), *"--seq_len 64 --reuse_len 32 --perm_size 32 --num_predict 10".split()]
+    flags = (
+        f"--init_checkpoint {released} --data {tmp_path}/domain.txt --valid {tmp_path}/valid.txt "
+        "--seq_len 64 --reuse_len 32 --perm_size 32 --num_predict 10"
+    ).split()
     main.main([*flags, "--train_steps", "300", "--eval_steps", "100", "--output_dir", str(tmp_path / "out")])
-    held_out = [float(cost) for cost in re.findall(r"Validation cost = (\S+)", capsys.readouterr().out)]
+    held_out = [float(loss) for loss in re.findall(r"Validation cost = (\S+)", capsys.readouterr().out)]
     untouched = main.main([*flags, "--learning_rate", "0", "--train_steps", "1"])
-    assert len(held_out) == 3 and held_out[-1] < untouched["validation_cost"] - 0.5
+    assert len(held_out) == 3 and held_out[-1] < untouched["validation_loss"] - 0.5
 
-    checkpoint = main.checkpoints(tmp_path / "out")[0]
+    checkpoint = checkpoints(tmp_path / "out")[0]
     assert json.loads((checkpoint / "config.json").read_text())["ff_activation"] == "gelu"
     model = XLNet.from_pretrained(checkpoint).eval()
     assert (model.mem_len, model.reuse_len) == (384, 32)  # null as published: the flags' values
@@ -244,7 +286,7 @@ def test_continued_pretraining(released, own, tmp_path, capsys):
 
 
 def test_weights_in_the_older_format(released, tmp_path):
-    """pytorch_model.bin, as the models were first published; it is loaded as tensors, or not at all."""
+    """A pytorch_model.bin, the first published format, is loaded as tensors, or not at all."""
     expected = XLNet.from_pretrained(released, mem_len=4, reuse_len=4).state_dict()
     (tmp_path / "config.json").write_bytes((released / "config.json").read_bytes())
     theirs = transformers.XLNetLMHeadModel.from_pretrained(released).state_dict()
@@ -256,32 +298,34 @@ def test_weights_in_the_older_format(released, tmp_path):
         XLNet.from_pretrained(tmp_path, mem_len=4, reuse_len=4)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--init_checkpoint {released} --tokenizer bert-base-uncased", ["--init_checkpoint", "800", "30522"]),
-    ("--init_checkpoint {released} --tokenizer {other}", ["--init_checkpoint", "800", "500"]),
-    ("--init_checkpoint {bert} --tokenizer {own}/spiece.model", ["--init_checkpoint", "30522", "800"]),
-    ("--tokenizer {own}/data.model", ["--tokenizer", "not a SentencePiece model"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--init_checkpoint {released} --tokenizer bert-base-uncased", ["--init_checkpoint", "800", "30522"]),
+        ("--init_checkpoint {released} --tokenizer {other}", ["--init_checkpoint", "800", "500"]),
+        ("--init_checkpoint {bert} --tokenizer {own}/spiece.model", ["--init_checkpoint", "30522", "800"]),
+        ("--tokenizer {own}/data.model", ["--tokenizer", "not a SentencePiece model"]),
+    ],
+)
 def test_wrong_pairs_are_refused(released, own, tmp_path, capsys, flags, words):
-    """One line with both sizes."""
+    """A model and a vocabulary of different sizes give one line with both sizes."""
     if "{other}" in flags:
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(own / "data.txt"), model_prefix=str(tmp_path / "other"), vocab_size=500,
-            control_symbols=SPECIAL[3:8], user_defined_symbols=["<eop>"], minloglevel=2)
+        train_sentence_piece(own / "data.txt", tmp_path / "other", 500, user_defined_symbols=["<eop>"])
     if "{bert}" in flags:
         main.main([*SMALL, "--train_steps", "1", "--output_dir", str(tmp_path / "bert")])
     (own / "data.model").write_text("this is no model")
     capsys.readouterr()
+    folders = {"released": released, "own": own, "other": tmp_path / "other.model"}
+    flags = flags.format(**folders, bert=tmp_path / "bert" / "checkpoint-1")
     with pytest.raises(SystemExit) as stop:
-        main.main(flags.format(released=released, own=own, other=tmp_path / "other.model",
-                               bert=tmp_path / "bert" / "checkpoint-1").split())
+        main.main(flags.split())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1
     assert all(word in err for word in words)
 
 
 def test_without_the_package(own, capsys, monkeypatch):
-    """Only who has such a model needs sentencepiece, and is told so."""
+    """Only a SentencePiece model needs the package, and the message says how to install it."""
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(SystemExit) as stop:
         main.main(["--tokenizer", str(own / "spiece.model")])

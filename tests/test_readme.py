@@ -3,6 +3,7 @@
 import glob
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from nbclient import NotebookClient
 
 import data_utils
 import main
+from support import flags
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
@@ -27,9 +29,13 @@ import step_time
 ROOT = Path(main.__file__).parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if not language]
-COMMANDS = [line.removeprefix("$ ") for block in BLOCKS for line in re.sub(r" *\\\n +", " ", block).split("\n")
-            if re.match(r"(\$ )?(python|torchrun) ", line) and " -c " not in line]
-ELSEWHERE = ("main.py", "data_utils.py", "probe.py")  # the last needs a checkpoint; test_benchmarks.py has its parts
+COMMANDS = [
+    line.removeprefix("$ ")
+    for block in BLOCKS
+    for line in re.sub(r" *\\\n +", " ", block).split("\n")
+    if re.match(r"(\$ )?(python|torchrun) ", line) and " -c " not in line
+]
+ELSEWHERE = ("main.py", "show_order.py", "probe.py")  # the last needs a checkpoint; test_benchmarks.py has its parts
 SHORT = {  # what is appended, and so counts
     "corpus.py": "",
     "learning.py": "--seeds 0 --jobs 1 --data long.txt --valid short.txt --csv t.csv --png t.png",
@@ -51,12 +57,15 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme") / "project"
     shutil.copytree(ROOT, folder, ignore=lambda where, names: {".git", "corpus", "out", "tests"} & set(names))
     text = (folder / "data.txt").read_text()
+    short = "".join(text.splitlines(keepends=True)[:70])
     for name in ("books", "corpus"):
         (folder / name).mkdir()
-    for name in ("held_out.txt", "domain.txt", "books/1.txt", "books/2.txt", "corpus/train.txt", "corpus/valid.txt"):
+    for name in ("domain.txt", "books/1.txt", "books/2.txt", "corpus/train.txt"):
         (folder / name).write_text(text * 2)
+    for name in ("corpus/valid.txt", "short.txt"):
+        (folder / name).write_text(short)
+    (folder / "held_out.txt").write_text(text + short)  # enough for eight rows
     (folder / "long.txt").write_text(text * 10)
-    (folder / "short.txt").write_text("".join(text.splitlines(keepends=True)[:70]))
     released = folder / "xlnet-base-cased"
     config = transformers.XLNetConfig(vocab_size=30522, d_model=32, n_layer=2, n_head=4, d_inner=32)
     transformers.XLNetLMHeadModel(config).save_pretrained(released)
@@ -66,23 +75,32 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(command, folder, extra):
-    """Run a command shortened: with more flags, few updates, and the first two variants of a list."""
-    for long, short in ((r"--updates \d+", "--updates 2"), (r"--minutes \d+", "--minutes 0.01"),
-                        (r"(--variants default \"[^\"]+\").* (?=--|$)", r"\1 ")):
-        command = re.sub(long, short, f"{command} ")
-    command += extra
+def run(command, folder, extra=""):
+    """Run a command, with more flags behind it, as a reader does; return what it prints."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = f"{command} {extra}"
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
 
 
+def shortened(command):
+    """Return a benchmark's command with few updates, the first two variants of a list, and the flags of SHORT."""
+    command = re.sub(r"--updates \d+", "--updates 2", command)
+    command = re.sub(r"--minutes \d+", "--minutes 0.01", command)
+    command = re.sub(r"(--variants default \"[^\"]+\").*?(?=--|$)", r"\1 ", command)
+    return f"{command} {SHORT[script(command)]}"
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.slow
 def test_commands_that_train(folder, monkeypatch, capsys):
     """One after the other; --resume goes on with what the one before has left; all but torchrun in this process."""
     monkeypatch.chdir(folder)
     training = [command for command in COMMANDS if script(command) == "main.py"]
-    assert len(training) == 9
+    assert len(training) == 9 and sum(command.startswith("torchrun ") for command in training) == 1
     for command in training:
         resumed = "--resume" in command
         if not resumed:
@@ -97,25 +115,54 @@ def test_commands_that_train(folder, monkeypatch, capsys):
         assert out.count("Step cost") == 2, command
 
 
-@pytest.mark.parametrize("command", sorted({command for command in COMMANDS if script(command) in SHORT
-                                            and "step_time.py --" not in command}))  # the next test's
+LEARNING = sorted(command for command in COMMANDS if script(command) == "learning.py")
+STEP_TIME = [command for command in COMMANDS if "step_time.py --" in command]  # their flags have a test of their own
+OTHERS = sorted({command for command in COMMANDS if script(command) in SHORT} - {*LEARNING[1:], *STEP_TIME})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", OTHERS)
 def test_other_commands(folder, command):
-    run(command, folder, SHORT[script(command)])
+    """Each program as a reader starts it."""
+    run(shortened(command), folder)
 
 
-@pytest.mark.parametrize("command, rows", [("--batch_size 1 2 4 8 --shapes default", 4), ("--growth", 8),
-                                           ("--device cpu --shapes base --batch_size 8 32 --bf16 --compile", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LEARNING[1:])
+def test_other_comparisons(folder, monkeypatch, capsys, command):
+    """The other commands of learning.py, whose program the test above starts, in this process."""
+
+    def make_runs(options, tasks):
+        learning.start_worker(multiprocessing.Value("i", 0), threads=1)
+        for task in tasks:
+            learning.append(options.csv, learning.train(task))
+
+    monkeypatch.setattr(learning, "make_runs", make_runs)
+    monkeypatch.chdir(folder)
+    _, _, *argv = shlex.split(shortened(command))
+    learning.benchmark(argv)
+    assert len(re.findall(r"^\| .* \| 1 \| \d", capsys.readouterr().out, re.M)) == 2  # variants, of one seed
+
+
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("--batch_size 1 2 4 8 --shapes default", 4),
+        ("--growth", 8),
+        ("--device cpu --shapes base --batch_size 8 32 --bf16 --compile", 2),
+    ],
+)
 def test_flags_of_the_step_benchmark(monkeypatch, capsys, command, rows):
     """Those that the README names, all but the measuring."""
     assert command.replace("--device cpu", "--device cuda") in README
     times = {name: [0.1, 0.2] for name in step_time.MODELS}
     monkeypatch.setattr(step_time, "compare", lambda *args: (times, dict.fromkeys(step_time.MODELS, 1), 1e9))
-    monkeypatch.setattr(sys, "argv", ["step_time.py", *command.split()])
-    step_time.benchmark()
+    step_time.benchmark(command.split())
     assert len(re.findall(r"^\| .*, batch \d", capsys.readouterr().out, re.M)) == rows
 
 
 def test_variants_exist():
+    """Every name after --variants is one of learning.py's."""
     for command in COMMANDS:
         words = iter(shlex.split(command))
         if "--variants" in words:  # which goes on behind it
@@ -123,35 +170,45 @@ def test_variants_exist():
             assert len(names) > 1 and set(names) <= set(learning.VARIANTS)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if script(command) == "data_utils.py"])
-def test_the_terminal_view_is_the_one_shown(folder, command):
-    assert f"$ {command}\n{run(command, folder, '')}```" in README
+def test_no_command_is_left_out():
+    """Each program that the README starts is run here, or named as tested elsewhere."""
+    for command in COMMANDS:
+        assert script(command) in SHORT or script(command) in ELSEWHERE, command
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+@pytest.mark.slow
+def test_the_terminal_view_is_the_one_shown(folder):
+    """Byte for byte."""
+    commands = [command for command in COMMANDS if script(command) == "show_order.py"]
+    assert commands
+    for command in commands:
+        assert f"$ {command}\n{run(command, folder)}```" in README
 
 
 def test_the_flags_shown_are_those_of_help(monkeypatch):
     """Blanks and the way in which two names are put aside, which depend on Python."""
     monkeypatch.setenv("COLUMNS", "120")
-    text = main.build_parser().format_help().replace("--num_step, ", "--num_step N, ")
+    text = flags.build_parser().format_help().replace("--num_step, ", "--num_step N, ")
     assert " ".join(text[text.index("\ndata:\n") :].split()) in " ".join(README.split())
 
 
 def test_the_order_worked_by_hand():
     """The README's example: the, given; sat, first; [SEP], second; cat, last."""
     rows = re.findall(r"^ +(?:the|cat|sat|SEP) +([01]) +([01]) +([01]) +([01]) ", README, re.M)
-    mask = data_utils.perm_mask(np.array([-1, 3, 0, 1]), np.array([False, True, True, False]))
+    mask = data_utils.ranks_to_mask(np.array([-1, 3, 0, 1]), np.array([False, True, True, False]))
     assert np.array_equal(np.array(rows, dtype=int), mask)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder):
+    """With two passes for forty; text, window and order, which do not depend on rounding, are those stored in it."""
     notebook = nbformat.read(folder / "docs" / "walkthrough.ipynb", as_version=4)
     shown = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
     for cell in notebook.cells:
         cell.source = cell.source.replace('"--num_step", "40"', '"--num_step", "2"')
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder / "docs")}}).execute()
     again = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert shown[:3] == again[:3] and len(shown) == len(again)  # text, window and order do not round
-
-
-def test_no_command_is_left_out():
-    for command in COMMANDS:
-        assert script(command) in SHORT or script(command) in ELSEWHERE, command
+    assert shown[:3] == again[:3] and len(shown) == len(again)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.overrides import TorchFunctionMode
 
 import data_utils
 import xlnet
-from main import lm_loss
-from xlnet import XLNet
+from xlnet import XLNet, prediction_loss
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -27,23 +27,37 @@ def randomize(model, std=0.3):
     return model
 
 
-def random_window(rng, seq_len=24, reuse_len=12, perm_size=6, num_predict=8, n_token=50):
-    """Return a window of random tokens as make_permute gives it, with a batch axis of 1."""
+def random_feature(rng, seq_len=24, reuse_len=12, num_predict=8, n_token=50):
+    """Return a window of random tokens, as create_feature does."""
     other = seq_len - reuse_len
     a_len = int(rng.integers(1, other - 3))
     is_masked = np.zeros(seq_len, dtype=bool)
     is_masked[rng.choice(seq_len, num_predict, replace=False)] = True
-    feature = {
+    return {
         "input": rng.integers(n_token, size=seq_len),
         "is_masked": is_masked,
         "seg_id": np.repeat([0, 1, 2], [reuse_len + a_len + 1, other - a_len - 2, 1]),
     }
+
+
+def random_window(rng, seq_len=24, reuse_len=12, perm_size=6, num_predict=8, n_token=50):
+    """Return a window of random tokens as make_permute gives it, with a batch axis of 1."""
+    feature = random_feature(rng, seq_len, reuse_len, num_predict, n_token)
     batch = data_utils.make_permute(feature, reuse_len, seq_len, perm_size, num_predict, rng)
     return {key: tensor.unsqueeze(-1) for key, tensor in batch.items()}
 
 
+def stack(members):
+    """Return one batch of windows that have a batch axis each."""
+    return {key: torch.cat([member[key] for member in members], dim=-1) for key in members[0]}
+
+
+def given_to_model(batch):
+    return {key: value for key, value in batch.items() if key not in ("target", "target_mask")}
+
+
 def call(model, batch, mems=None):
-    return model(**{key: value for key, value in batch.items() if key not in ("target", "target_mask")}, mems=mems)
+    return model(**given_to_model(batch), mems=mems)
 
 
 # ---------------------------------------------------------------- the official code
@@ -86,7 +100,7 @@ def test_official_outputs_and_gradients(path, form):
         given["target_mapping"] = given["target_mapping"].argmax(dim=1)
     hidden, new_mems = model.hidden(**given)
     logits = model.lm_loss(hidden)
-    loss = lm_loss(logits, target, target_mask)
+    loss = prediction_loss(logits, target, target_mask)
     loss.backward()
 
     def near(ours, key):
@@ -105,18 +119,28 @@ def test_gradients_equal_finite_differences():
     """In float64, for every parameter and the memory; gelu, because relu has no derivative at 0."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    model = XLNet(7, n_layer=2, n_head=2, d_head=2, d_inner=3, d_model=4, dropout=0, dropatt=0, reuse_len=3, mem_len=2,
-                  ff_activation="gelu")
+    model = XLNet(
+        7,
+        n_layer=2,
+        n_head=2,
+        d_head=2,
+        d_inner=3,
+        d_model=4,
+        dropout=0,
+        dropatt=0,
+        reuse_len=3,
+        mem_len=2,
+        ff_activation="gelu",
+    )
     randomize(model.double())
     batch = random_window(rng, seq_len=8, reuse_len=3, perm_size=1, num_predict=4, n_token=7)
     names = [name for name, _ in model.named_parameters()]
     mems = [torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def loss(*values):
-        given = {**{key: value for key, value in batch.items() if key not in ("target", "target_mask")},
-                 "mems": list(values[:2])}
-        logits, _ = torch.func.functional_call(model, dict(zip(names, values[2:])), kwargs=given)
-        return lm_loss(logits, batch["target"], batch["target_mask"])
+        given = given_to_model(batch) | {"mems": list(values[:2])}
+        logits, _ = torch.func.functional_call(model, dict(zip(names, values[2:], strict=True)), kwargs=given)
+        return prediction_loss(logits, batch["target"], batch["target_mask"])
 
     assert torch.autograd.gradcheck(loss, (*mems, *model.parameters()))
 
@@ -150,15 +174,29 @@ def test_transformers_parity(case, direction):
     """Weights copied either way give the same logits, memories and gradients as XLNetLMHeadModel, to 1e-5."""
     torch.manual_seed(1)
     rng = np.random.default_rng(1)
-    options = dict(
-        mlen=10, mem_len=10, reuse_len=12, attn_type="bi", bi_data=False, clamp_len=-1, same_length=False,
-        ff_activation="relu", segments=True, padding=False, streams=2, bsz=2, permuted=True)
-    options.update(case)
-    mlen, segments, padding, streams, bsz, permuted = (
-        options.pop(key) for key in ("mlen", "segments", "padding", "streams", "bsz", "permuted"))
+    options = {
+        "mlen": 10,
+        "mem_len": 10,
+        "reuse_len": 12,
+        "attn_type": "bi",
+        "bi_data": False,
+        "clamp_len": -1,
+        "same_length": False,
+        "ff_activation": "relu",
+        "segments": True,
+        "padding": False,
+        "streams": 2,
+        "bsz": 2,
+        "permuted": True,
+    } | case
+    mlen, bsz, streams = options.pop("mlen"), options.pop("bsz"), options.pop("streams")
+    segments, padding, permuted = options.pop("segments"), options.pop("padding"), options.pop("permuted")
     ours = XLNet(50, n_layer=3, n_head=2, d_head=8, d_inner=24, d_model=16, dropout=0, dropatt=0, **options)
-    theirs = transformers.XLNetLMHeadModel(transformers.XLNetConfig(
-        vocab_size=50, n_layer=3, n_head=2, d_inner=24, d_model=16, dropout=0, use_mems_train=True, **options))
+    theirs = transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(
+            vocab_size=50, n_layer=3, n_head=2, d_inner=24, d_model=16, dropout=0, use_mems_train=True, **options
+        )
+    )
     prefixed = {name if name.startswith("lm_loss") else f"transformer.{name}" for name in ours.state_dict()}
     assert prefixed == set(theirs.state_dict())
     if direction == "theirs to ours":
@@ -167,10 +205,10 @@ def test_transformers_parity(case, direction):
     else:
         randomize(ours)
         theirs.load_state_dict(
-            {name if name.startswith("lm_loss") else f"transformer.{name}": w for name, w in ours.state_dict().items()})
+            {name if name.startswith("lm_loss") else f"transformer.{name}": w for name, w in ours.state_dict().items()}
+        )
 
-    members = [random_window(rng) for _ in range(bsz)]
-    batch = {key: torch.cat([member[key] for member in members], dim=-1) for key in members[0]}
+    batch = stack([random_window(rng) for _ in range(bsz)])
     target = batch.pop("target")
     weight = batch.pop("target_mask")
     if streams == 1:
@@ -188,15 +226,19 @@ def test_transformers_parity(case, direction):
 
     logits, new_mems = ours(**batch, input_mask=input_mask, mems=mems)
     one_hot = None
-    if streams == 2:  # an empty slot is a row of zeros there
+    if streams == 2:  # an empty slot is all zeros there
         positions = batch["target_mapping"]
         one_hot = F.one_hot(positions.clamp(min=0), 24) * (positions >= 0)[:, :, None]
         one_hot = one_hot.permute(1, 0, 2).float()
     output = theirs(
-        input_ids=batch["inp_k"].t(), token_type_ids=None if batch["seg_id"] is None else batch["seg_id"].t(),
-        input_mask=None if input_mask is None else input_mask.t(), mems=mems,
-        perm_mask=batch["perm_mask"].permute(2, 0, 1) if permuted else None, target_mapping=one_hot,
-        use_mems=options["mem_len"] > 0)
+        input_ids=batch["inp_k"].t(),
+        token_type_ids=None if batch["seg_id"] is None else batch["seg_id"].t(),
+        input_mask=None if input_mask is None else input_mask.t(),
+        mems=mems,
+        perm_mask=batch["perm_mask"].permute(2, 0, 1) if permuted else None,
+        target_mapping=one_hot,
+        use_mems=options["mem_len"] > 0,
+    )
     # float32, values of order 1, three layers: rounding is of order 1e-6
     torch.testing.assert_close(logits, output.logits.transpose(0, 1), rtol=1e-5, atol=1e-5)
     if options["mem_len"]:
@@ -204,8 +246,8 @@ def test_transformers_parity(case, direction):
     else:
         assert new_mems == [None] * 3
 
-    lm_loss(logits, target, weight).backward()
-    lm_loss(output.logits.transpose(0, 1), target, weight).backward()
+    prediction_loss(logits, target, weight).backward()
+    prediction_loss(output.logits.transpose(0, 1), target, weight).backward()
     theirs_grad = {name.removeprefix("transformer."): p.grad for name, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         if theirs_grad[name] is None:
@@ -227,32 +269,60 @@ def test_rel_shift_example():
 
 @pytest.mark.parametrize("mlen", [0, 5])
 @pytest.mark.parametrize("attn_type", ["bi", "uni"])
-@pytest.mark.parametrize("reuse_len", [0, 2])
-def test_every_group_finds_the_distance_of_every_key(mlen, attn_type, reuse_len):
+@pytest.mark.parametrize("first_part", [0, 2])
+def test_every_block_finds_the_distance_of_every_key(mlen, attn_type, first_part):
     """Entry (i, j) is the score of distance i + mlen - j, in either part of the content stream and for any slots."""
     qlen, klen = 6, 6 + mlen
-    model = XLNet(50, attn_type=attn_type, reuse_len=reuse_len)
-    rank = torch.zeros(qlen, 2, dtype=torch.int64)
-    positions = torch.tensor([[4, 0], [1, 5]])
-    groups = model.attention_groups(qlen, mlen, None, rank, None, positions, like=torch.zeros(qlen, 2, 32))
-    assert [group.klen for group in groups] == ([klen, klen] if reuse_len == 0 else [mlen + 2, klen, klen])
     rlen = klen + (qlen if attn_type == "bi" else 1)
-    x = torch.randn(2, 3, qlen, rlen)  # a score for every position and row r of the encoding, distance klen - r
-    for group in groups:
-        if group.index is None:
-            rows = torch.arange(qlen)[group.rows].expand(2, -1)
-            found = xlnet.rel_shift(x[:, :, group.rows, group.distances].contiguous(), group.klen)
+    positions = torch.tensor([[4, 1], [0, 5]])  # [num_predict, bsz]
+    blocked = torch.zeros(2, qlen, klen, dtype=torch.bool)
+    blocks = xlnet.content_blocks(blocked, first_part, torch.float32)
+    blocks.append(xlnet.slot_block(blocked, positions, rlen, torch.float32))
+    n_keys = [block.attn_mask.size(3) for block in blocks]
+    assert n_keys == ([klen, klen] if first_part == 0 else [mlen + 2, klen, klen])
+
+    x = torch.randn(2, 3, qlen, rlen)  # a score for every position and entry r of the encoding, distance klen - r
+    begin = 0
+    for block, n_key in zip(blocks, n_keys, strict=True):
+        if block.index is None:
+            end = begin + block.attn_mask.size(2)
+            queries = torch.arange(begin, end).expand(2, -1)
+            found = xlnet.rel_shift(x[:, :, begin:end, block.distances].contiguous(), n_key)
+            begin = end
         else:
-            rows = positions
-            scores = torch.stack([x[b, :, positions[b]] for b in range(2)])
-            found = scores[..., group.distances].gather(3, group.index.expand(-1, 3, -1, -1))
+            queries = positions.t()
+            scores = torch.stack([x[b, :, queries[b]] for b in range(2)])
+            found = scores[..., block.distances].gather(3, block.index.expand(-1, 3, -1, -1))
         for b in range(2):
-            for m, i in enumerate(rows[b].tolist()):
-                for j in range(group.klen if attn_type == "bi" else i + mlen + 1):
+            for m, i in enumerate(queries[b].tolist()):
+                for j in range(n_key if attn_type == "bi" else i + mlen + 1):
                     assert torch.equal(found[b, :, m, j], x[b, :, i, klen - (i + mlen - j)])
+    assert begin == qlen  # the blocks of the content stream hold every position once
+
+
+@pytest.mark.parametrize("reuse_len", [0, 2])
+def test_ranks_leave_out_keys_that_the_first_part_never_sees(reuse_len, monkeypatch):
+    """With ranks the first reuse_len positions have the memory and each other as keys; with a matrix, all keys."""
+    seen = []
+    attend = xlnet.RelativeAttention.attend
+
+    def spy(self, block, *others):
+        seen.append(tuple(block.attn_mask.shape[2:]))
+        return attend(self, block, *others)
+
+    monkeypatch.setattr(xlnet.RelativeAttention, "attend", spy)
+    model = XLNet(50, n_layer=1, reuse_len=reuse_len)
+    mems = [torch.zeros(5, 1, 32)]
+    inp_k = torch.zeros(6, 1, dtype=torch.int64)
+    model(inp_k, mems=mems, rank=inp_k)
+    assert seen == ([(6, 11)] if reuse_len == 0 else [(2, 7), (4, 11)])
+    seen.clear()
+    model(inp_k, mems=mems, perm_mask=torch.zeros(6, 6, 1))
+    assert seen == [(6, 11)]
 
 
 def test_gradient_of_rel_shift():
+    """Its own backward pass equals finite differences."""
     x = torch.randn(2, 2, 3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: xlnet.rel_shift(x, klen=4), x)
 
@@ -260,7 +330,8 @@ def test_gradient_of_rel_shift():
 def test_relative_positional_encoding_equals_a_loop():
     """Each entry is the sine or cosine of distance * 10000^(-2k / d_model), the sign turned in the second half."""
     encoding = xlnet.relative_positional_encoding(
-        qlen=3, klen=5, d_model=6, clamp_len=4, attn_type="bi", bi_data=True, bsz=4)
+        qlen=3, klen=5, d_model=6, clamp_len=4, attn_type="bi", bi_data=True, bsz=4
+    )
     assert encoding.shape == (8, 4, 6)
     for r in range(8):
         for b in range(4):
@@ -277,9 +348,9 @@ def test_create_mask_example():
 
 
 def test_rel_attn_core_equals_a_loop():
-    """The three scores of the paper, written out for every query and key; the last row sees nothing and reads nothing.
+    """The three scores of the paper, written out for every query and key; a query that sees nothing reads nothing.
 
-    Four successive positions, and then position 2 once more, as a slot of the query stream.
+    Four successive positions, and then position 2 twice more, as slots of the query stream; the last sees nothing.
     """
     torch.manual_seed(2)
     qlen, mlen, d_head = 4, 2, 3
@@ -291,46 +362,61 @@ def test_rel_attn_core_equals_a_loop():
     visible = torch.rand(6, klen) < 0.7
     visible[:, 0] = True
     visible[5] = False
-    mask = torch.where(visible, 0.0, xlnet.BLOCKED)[None, None]
+    blocked = ~visible[None]
     index = (qlen - 2 + torch.arange(klen)).expand(1, 1, 2, klen)
-    blind = ~visible.any(dim=1)[None, None, :, None]
     seg_q, seg_k = torch.randint(3, (6,)), torch.randint(3, (klen,))
-    groups = [
-        xlnet.Group(slice(4), klen, slice(None), None, mask[:, :, :4], blind[:, :, :4]),
-        xlnet.Group(slice(4, None), klen, slice(None), index, mask[:, :, 4:], blind[:, :, 4:]),
+    blocks = [
+        xlnet.query_block(blocked[:, :4], slice(None), None, torch.float32),
+        xlnet.query_block(blocked[:, 4:], slice(None), index, torch.float32),
     ]
-    out = attn.rel_attn_core(q, k, v, k_r, groups, *(
-        F.one_hot(seg, xlnet.SEGMENTS)[None, None].float() for seg in (seg_q, seg_k)))
+    one_hot_q = F.one_hot(seg_q, xlnet.SEGMENTS)[None, None].float()
+    one_hot_k = F.one_hot(seg_k, xlnet.SEGMENTS)[None, None].float()
+    out = attn.rel_attn_core(q, k, v, k_r, blocks, one_hot_q, one_hot_k)
     assert not out[0, :, 5].any()
+
+    def score(n, query, j):
+        content = (q[0, n, query] + attn.r_w_bias[n]) @ k[0, n, j]
+        distance = positions[query] + mlen - j
+        position = (q[0, n, query] + attn.r_r_bias[n]) @ k_r[0, n, klen - distance]
+        segment = (q[0, n, query] + attn.r_s_bias[n]) @ attn.seg_embed[int(seg_q[query] != seg_k[j]), n]
+        return (content + position + segment) / math.sqrt(d_head)
+
     for n in range(2):
-        for row, i in enumerate(positions[:5]):
-            scores = [
-                (
-                    (q[0, n, row] + attn.r_w_bias[n]) @ k[0, n, j]
-                    + (q[0, n, row] + attn.r_r_bias[n]) @ k_r[0, n, klen - (i + mlen - j)]
-                    + (q[0, n, row] + attn.r_s_bias[n]) @ attn.seg_embed[int(seg_q[row] != seg_k[j]), n]
-                ) / math.sqrt(d_head) if visible[row, j] else torch.tensor(-math.inf)
-                for j in range(klen)
-            ]
-            expected = torch.stack(scores).softmax(dim=0) @ v[0, n]
-            torch.testing.assert_close(out[0, n, row], expected, rtol=1e-4, atol=1e-5)
+        for query in range(5):
+            seen = [j for j in range(klen) if visible[query, j]]
+            prob = torch.stack([score(n, query, j) for j in seen]).softmax(dim=0)
+            torch.testing.assert_close(out[0, n, query], prob @ v[0, n, seen], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prev, mem_len, reuse_len, expected", [
-    (None, 0, 3, None),
-    (None, 9, 3, [0, 1, 2]),
-    (None, 2, 3, [1, 2]),
-    (None, 9, 0, [0, 1, 2, 3, 4]),
-    ([10, 11], 9, 3, [10, 11, 0, 1, 2]),
-    ([10, 11], 4, 3, [11, 0, 1, 2]),
-    ([10, 11], 2, 0, [3, 4]),
-])
+@pytest.mark.parametrize(
+    "prev, mem_len, reuse_len, expected",
+    [
+        (None, 0, 3, None),
+        (None, 9, 3, [0, 1, 2]),
+        (None, 2, 3, [1, 2]),
+        (None, 9, 0, [0, 1, 2, 3, 4]),
+        ([10, 11], 9, 3, [10, 11, 0, 1, 2]),
+        ([10, 11], 4, 3, [11, 0, 1, 2]),
+        ([10, 11], 2, 0, [3, 4]),
+    ],
+)
 def test_cache_mem_table(prev, mem_len, reuse_len, expected):
     """The last mem_len of old memory and the first reuse_len inputs, without a gradient."""
     current = torch.arange(5.0, requires_grad=True)
     memory = xlnet.cache_mem(current, None if prev is None else torch.tensor(prev).float(), mem_len, reuse_len)
     assert (memory if memory is None else memory.tolist()) == expected
     assert memory is None or not memory.requires_grad
+
+
+@pytest.mark.parametrize("mlen", [0, 4])
+def test_memory_keeps_nothing_else_alive(mlen):
+    """The storage of what is remembered is as large as itself, whatever it was cut from."""
+    current = torch.randn(10, 2, 3)
+    memory = xlnet.cache_mem(current, torch.randn(mlen, 2, 3) if mlen else None, mem_len=6, reuse_len=7)
+    assert memory.shape == (6, 2, 3)
+    assert memory.untyped_storage().nbytes() == memory.numel() * memory.element_size()
+    memory.zero_()  # nor does a change of it reach the stream
+    assert current.all()
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.001, 0.1, 0.5, 0.999])
@@ -365,11 +451,17 @@ def test_dropout_acts_in_training_only():
 def test_dropout_acts_where_it_does_officially(monkeypatch):
     """On embeddings, positions, attention weights, attention output, twice in the feed-forward layer, the output."""
     seen, dropout = [], xlnet.dropout
-    monkeypatch.setattr(xlnet, "dropout", lambda x, *args: seen.append(tuple(x.shape)) or dropout(x, *args))
-    rows, slots, distances, inner = (24 + 8, 1, 32), (8, 1, 32), (48, 1, 32), 20  # rows: of both streams
+
+    def spy(x, rate, training):
+        seen.append(tuple(x.shape))
+        return dropout(x, rate, training)
+
+    monkeypatch.setattr(xlnet, "dropout", spy)
+    queries, slots, distances, inner = (24 + 8, 1, 32), (8, 1, 32), (48, 1, 32), 20  # queries: of both streams
     call(XLNet(50, n_layer=2, n_head=4, d_inner=inner), random_window(np.random.default_rng(0)))
-    expected = [rows, distances]
-    expected += [(1, 4, 24, 24), (1, 4, 8, 24), rows, (24 + 8, 1, inner), rows]  # attention weights of each stream
+    expected = [queries, distances]
+    expected += [(1, 4, 24, 24), (1, 4, 8, 24)]  # attention weights of each stream
+    expected += [queries, (24 + 8, 1, inner), queries]
     expected += [(1, 4, 8, 24), slots, (8, 1, inner), slots]  # the last layer has no content stream
     expected += [slots]
     assert sorted(seen) == sorted(expected)
@@ -391,27 +483,50 @@ def test_bi_data_reads_backwards():
 
 
 def test_empty_slot_changes_nothing():
-    """A padded slot leaves the other slots' logits as they are, and costs nothing."""
+    """An empty slot leaves the other slots' logits as they are, and adds nothing to the loss."""
     rng = np.random.default_rng(6)
     model = randomize(XLNet(50, n_layer=2)).eval()
     batch = random_window(rng, num_predict=8)
     filled = (batch["target_mapping"] >= 0).squeeze()
     full, _ = call(model, batch)
-    longer = dict(batch, target_mapping=F.pad(batch["target_mapping"], (0, 0, 0, 3), value=-1),
-                  target=F.pad(batch["target"], (0, 0, 0, 3)), target_mask=F.pad(batch["target_mask"], (0, 0, 0, 3)))
+    longer = batch | {
+        "target_mapping": F.pad(batch["target_mapping"], (0, 0, 0, 3), value=-1),
+        "target": F.pad(batch["target"], (0, 0, 0, 3)),
+        "target_mask": F.pad(batch["target_mask"], (0, 0, 0, 3)),
+    }
     padded, _ = call(model, longer)
     torch.testing.assert_close(padded[:8][filled], full[filled])
-    torch.testing.assert_close(
-        lm_loss(padded, longer["target"], longer["target_mask"]), lm_loss(full, batch["target"], batch["target_mask"]))
+    loss = prediction_loss(full, batch["target"], batch["target_mask"])
+    torch.testing.assert_close(prediction_loss(padded, longer["target"], longer["target_mask"]), loss)
 
 
-@pytest.mark.parametrize("flags, call_with, words", [
-    (dict(d_model=31), dict(), "d_model 31 must be even"),
-    (dict(attn_type="both"), dict(), "'bi' or 'uni'"),
-    (dict(bi_data=True), dict(), "batch size 1 must be even"),
-    (dict(), dict(target_mapping=torch.zeros(2, 1, dtype=torch.int64)), "needs inp_q"),
-])
+def test_prediction_loss_ignores_empty_slots():
+    """The loss is the mean over real targets only; where there is none it is 0, not a division by 0."""
+    logits = torch.tensor([[[0.0, 0.0]], [[9.0, -9.0]]])
+    target, weight = torch.tensor([[0], [1]]), torch.tensor([[1.0], [0.0]])
+    assert prediction_loss(logits, target, weight).item() == pytest.approx(math.log(2))
+    assert prediction_loss(logits, target, torch.zeros(2, 1)).item() == 0
+
+
+def test_prediction_loss_of_bfloat16_logits_is_not_rounded():
+    """It is the loss of the same logits in float32, to the bit."""
+    torch.manual_seed(15)
+    logits, target, weight = torch.randn(3, 1, 7).bfloat16(), torch.ones(3, 1).long(), torch.ones(3, 1)
+    assert torch.equal(prediction_loss(logits, target, weight), prediction_loss(logits.float(), target, weight))
+
+
+@pytest.mark.parametrize(
+    "flags, call_with, words",
+    [
+        (dict(d_model=31), dict(), "d_model 31 must be even"),
+        (dict(attn_type="both"), dict(), "'bi' or 'uni'"),
+        (dict(bi_data=True), dict(), "batch size 1 must be even"),
+        (dict(), dict(target_mapping=torch.zeros(2, 1, dtype=torch.int64)), "needs inp_q"),
+        (dict(), dict(perm_mask=torch.zeros(4, 4, 1), rank=torch.zeros(4, 1)), "perm_mask and rank"),
+    ],
+)
 def test_wrong_calls_are_named(flags, call_with, words):
+    """The message names the argument at fault."""
     with pytest.raises(ValueError, match=words):
         XLNet(50, **flags)(torch.zeros(4, 1, dtype=torch.int64), **call_with)
 
@@ -419,17 +534,20 @@ def test_wrong_calls_are_named(flags, call_with, words):
 # ---------------------------------------------------------------- the order as ranks, bfloat16, compiled, on a GPU
 
 
-def with_ranks(seed, **flags):
-    """Return the same random window twice: with the order as a mask, and as ranks."""
-    masked = random_window(np.random.default_rng(seed), **flags)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "perm_mask", lambda rank, is_target: rank)
-        return masked, random_window(np.random.default_rng(seed), **flags)
+def with_ranks(seed, reuse_len=12, perm_size=6, num_predict=8):
+    """Return the same random window twice, with a batch axis of 1: with the order as a mask, and as ranks."""
+    feature = random_feature(np.random.default_rng(seed), reuse_len=reuse_len, num_predict=num_predict)
+    masked = data_utils.make_permute(feature, reuse_len, 24, perm_size, num_predict, np.random.default_rng(seed))
+    ranked = data_utils.permute(feature, reuse_len, perm_size, num_predict, np.random.default_rng(seed))
+    return (
+        {key: tensor.unsqueeze(-1) for key, tensor in masked.items()},
+        {key: torch.from_numpy(array).unsqueeze(-1) for key, array in ranked.items()},
+    )
 
 
 def loss_and_gradients(model, batch, mems=None):
     model.zero_grad()
-    loss = lm_loss(call(model, batch, mems)[0], batch["target"], batch["target_mask"])
+    loss = prediction_loss(call(model, batch, mems)[0], batch["target"], batch["target_mask"])
     loss.backward()
     return loss, [parameter.grad for parameter in model.parameters()]
 
@@ -442,8 +560,8 @@ def test_ranks_mean_what_the_mask_means(mlen, reuse_len, form):
     torch.manual_seed(11)
     model = randomize(XLNet(50, n_layer=3, reuse_len=reuse_len, mem_len=7, dropout=0, dropatt=0))
     pairs = [with_ranks(seed) for seed in (0, 1)]
-    masked, ranked = ({key: torch.cat([one[key], other[key]], dim=-1) for key in one} for one, other in zip(*pairs))
-    assert masked["perm_mask"].dim() == 3 and ranked["perm_mask"].dim() == 2
+    masked, ranked = stack([pair[0] for pair in pairs]), stack([pair[1] for pair in pairs])
+    assert "rank" not in masked and "perm_mask" not in ranked
     for batch in masked, ranked:
         if form != "slots":
             batch["target_mapping"] = None
@@ -451,9 +569,11 @@ def test_ranks_mean_what_the_mask_means(mlen, reuse_len, form):
         if form == "one stream":  # not even a target sees itself in a mask, and the content stream does
             batch["inp_q"] = None
     mems = [torch.randn(mlen, 2, 32) for _ in range(3)] if mlen else None
-    for ours, expected in zip(call(model, ranked, mems), call(model, masked, mems)):
+    for ours, expected in zip(call(model, ranked, mems), call(model, masked, mems), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    for ours, expected in zip(loss_and_gradients(model, ranked, mems)[1], loss_and_gradients(model, masked, mems)[1]):
+    _, gradients = loss_and_gradients(model, ranked, mems)
+    _, expected_gradients = loss_and_gradients(model, masked, mems)
+    for ours, expected in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -467,7 +587,7 @@ def test_a_target_leaks_to_nobody_before_it_with_ranks_either(seed):
 
     def model_with_ranks(**given):
         with torch.autocast("cpu", torch.bfloat16, enabled=seed % 2 == 0):
-            return model(**dict(given, perm_mask=ranked["perm_mask"]))
+            return model(**given | {"perm_mask": None, "rank": ranked["rank"]})
 
     assert_moves_who_sees(model_with_ranks, batch, (batch["inp_q"][:, 0] > 0).nonzero().flatten().tolist(), mems)
 
@@ -481,11 +601,34 @@ def test_bfloat16_is_near():
     with torch.autocast("cpu", torch.bfloat16):
         half_loss, half_gradients = loss_and_gradients(model, batch)
     assert half_loss.item() == pytest.approx(loss.item(), rel=0.01) and half_loss.item() != loss.item()
-    assert half_loss.dtype == torch.float32  # the sum of the costs, and what is printed, is not rounded
+    assert half_loss.dtype == torch.float32  # neither the sum nor the printed loss is rounded
     ours, expected = (torch.cat([g.flatten() for g in grads]) for grads in (half_gradients, gradients))
     assert (ours - expected).norm() <= 0.05 * expected.norm()
 
 
+class OperandTypes(TorchFunctionMode):
+    """Record the types of both operands of every product written with @, before autocast changes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self.seen.append((args[0].dtype, args[1].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("enabled, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_attention_products_take_the_type_of_autocast(enabled, dtype):
+    """No float32 bias, segment or mask turns their operands into float32: three products in each block of queries."""
+    model = XLNet(50, n_layer=2, reuse_len=12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled), OperandTypes() as products:
+        call(model, with_ranks(0)[1], [torch.randn(7, 1, 32) for _ in range(2)])
+    assert products.seen == [(dtype, dtype)] * 3 * (3 + 1)  # both parts and the slots; the slots in the last layer
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_is_the_same():
     """Loss and every gradient, with memory; dropout on the compiled model has its own random numbers."""
@@ -504,14 +647,14 @@ def test_a_gpu_computes_the_same(bi_data):
     """Loss and every gradient, with memory, both directions."""
     torch.manual_seed(14)
     model = XLNet(50, n_layer=3, reuse_len=12, dropout=0, dropatt=0, bi_data=bi_data)
-    pairs = [with_ranks(seed)[1] for seed in (0, 1)]
-    batch = {key: torch.cat([pair[key] for pair in pairs], dim=-1) for key in pairs[0]}
+    batch = stack([with_ranks(seed)[1] for seed in (0, 1)])
     mems = [torch.randn(7, 2, 32) for _ in range(3)]
     loss, gradients = loss_and_gradients(model, batch, mems)
     ours, ours_gradients = loss_and_gradients(
-        model.cuda(), {key: tensor.cuda() for key, tensor in batch.items()}, [mem.cuda() for mem in mems])
+        model.cuda(), {key: tensor.cuda() for key, tensor in batch.items()}, [mem.cuda() for mem in mems]
+    )
     assert ours.item() == pytest.approx(loss.item(), rel=1e-4)
-    for one, other in zip(ours_gradients, gradients):
+    for one, other in zip(ours_gradients, gradients, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-5)
 
 
@@ -528,7 +671,7 @@ def test_first_loss_is_that_of_guessing(d_model, n_head, init):
     losses = []
     for _ in range(5):
         batch = random_window(rng, n_token=30522)
-        losses.append(lm_loss(call(model, batch)[0], batch["target"], batch["target_mask"]).item())
+        losses.append(prediction_loss(call(model, batch)[0], batch["target"], batch["target_mask"]).item())
     assert 10.2 < np.mean(losses) < 10.7
 
 
@@ -565,6 +708,29 @@ def test_init_draws_what_it_says():
 # ---------------------------------------------------------------- leaks
 
 
+@pytest.mark.parametrize("form", ["perm_mask", "rank"])
+def test_polarity_by_hand(form):
+    """perm_mask 1 hides a position and 0 shows it; a higher rank hides it and a lower one shows it.
+
+    The target is position 0: it sees neither itself nor position 1, and it sees position 2.
+    """
+    torch.manual_seed(15)
+    model = randomize(XLNet(50, n_layer=1, reuse_len=0)).eval()
+    order = {
+        "perm_mask": torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]])[:, :, None],
+        "rank": torch.tensor([[1], [2], [0]]),
+    }
+    given = {form: order[form], "target_mapping": torch.tensor([[0]]), "inp_q": torch.tensor([[1.0], [0.0], [0.0]])}
+    before, _ = model(torch.tensor([[7], [8], [9]]), **given)
+    moved = []
+    for position in range(3):
+        inp_k = torch.tensor([[7], [8], [9]])
+        inp_k[position] = 20
+        after, _ = model(inp_k, **given)
+        moved.append(not torch.equal(before, after))
+    assert moved == [False, False, True]
+
+
 def with_another_token(batch, position):
     inp_k = batch["inp_k"].clone()
     inp_k[position] = (inp_k[position] + 1) % 50
@@ -591,8 +757,8 @@ def test_a_target_leaks_to_nobody_before_it(seed):
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    batch = random_window(rng, num_predict=24 if seed % 4 == 0 else int(rng.integers(2, 12)),
-                          perm_size=[1, 3, 12][seed % 3])
+    num_predict = 24 if seed % 4 == 0 else int(rng.integers(2, 12))
+    batch = random_window(rng, num_predict=num_predict, perm_size=[1, 3, 12][seed % 3])
     model = randomize(XLNet(50, n_layer=3)).eval()
     mems = [torch.randn(7, 1, 32) for _ in range(3)] if seed % 2 else None
     assert_moves_who_sees(model, batch, (batch["inp_q"][:, 0] > 0).nonzero().flatten().tolist(), mems)
@@ -625,8 +791,7 @@ def test_rows_of_a_batch_are_strangers():
     """A change in one row of a batch, its memory included, moves nothing in another row."""
     rng = np.random.default_rng(10)
     model = randomize(XLNet(50, n_layer=2)).eval()
-    members = [random_window(rng) for _ in range(3)]
-    batch = {key: torch.cat([member[key] for member in members], dim=-1) for key in members[0]}
+    batch = stack([random_window(rng) for _ in range(3)])
     mems = [torch.randn(5, 3, 32) for _ in range(2)]
     before, before_mems = call(model, batch, mems)
     changed = dict(batch, inp_k=batch["inp_k"].clone())
@@ -637,5 +802,5 @@ def test_rows_of_a_batch_are_strangers():
     after, after_mems = call(model, changed, other_mems)
     for row in (0, 2):
         assert torch.equal(before[:, row], after[:, row])
-        assert all(torch.equal(a[:, row], b[:, row]) for a, b in zip(before_mems, after_mems))
+        assert all(torch.equal(a[:, row], b[:, row]) for a, b in zip(before_mems, after_mems, strict=True))
     assert not torch.equal(before[:, 1], after[:, 1])

@@ -1,0 +1,14 @@
+"""The plumbing of a run, one job a file, and the two ways in which every part of it speaks to the user."""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; its text is one line that names the flag, the value and the remedy."""
+
+
+def warn(message: str) -> None:
+    """Print a line to stderr, from one process of each machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"main.py: {message}", file=sys.stderr)

@@ -1,0 +1,534 @@
+"""Tokenizers, vocabularies, text files -> token ids in a memory-mapped cache.
+
+The way of a text, in reading order:
+
+    load_tokenizer      name or path   -> a WordPiece or a SentencePiece: text -> pieces -> ids
+    vocabulary          tokenizer      -> a Vocabulary: special ids, which pieces start a word, a digest
+    load_text           a flag's files -> a Text, or a UserError
+    read_text           files          -> a Text: ids and sentence starts, from the cache if they are there
+        fill_cache      files          -> a new cache folder, complete or not there at all
+        tokenize        files          -> the three files in it, with all cores
+        read_chunks     files          -> chunks of about CHUNK characters
+        encode_chunk    one chunk      -> its ids and sentence starts, in a worker process
+        open_text       cache folder   -> the Text, memory-mapped
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import string
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import joblib
+import numpy as np
+from filelock import FileLock
+from pytorch_pretrained_bert import BertTokenizer
+from tqdm import tqdm
+
+from support import UserError, warn
+
+VOCAB_DIR = Path(__file__).resolve().parent.parent / "vocab"
+TOKENIZERS = {  # the large models were published with the vocabulary of the base models
+    "bert-base-uncased": "bert-base-uncased.txt",
+    "bert-large-uncased": "bert-base-uncased.txt",
+    "bert-base-cased": "bert-base-cased.txt",
+    "bert-large-cased": "bert-base-cased.txt",
+}
+CHUNK = 2**20  # characters read and encoded together
+WORDS = 2**16  # distinct words whose ids a worker process remembers
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+class SpecialPieces(NamedTuple):
+    """How a kind of vocabulary spells its special pieces."""
+
+    sep: str  # ends a segment
+    cls: str  # stands for the whole window
+    unk: str  # stands for text that no piece covers
+    pad: str
+    bos: str  # what transformers calls the beginning and the end of a sequence
+    eos: str
+    eod: str = "<eod>"  # ends a document
+
+
+class Tokenizer:
+    """What all tokenizers have in common.
+
+    Another kind needs these attributes and methods, and a case in `load_tokenizer`. A tokenizer is made from its
+    vocabulary file alone: each worker process makes its own.
+    """
+
+    special: SpecialPieces
+    saved_name: str  # file name of the vocabulary in a checkpoint; transformers looks for it
+    splits_at_spaces: bool  # no piece crosses a space: the ids of a line are the ids of its words
+    cls_is_first: bool  # transformers' tokenizer puts the class mark first (BERT) or last (XLNet)
+    remedy: str  # how to add a special piece that a vocabulary lacks
+
+    vocab: dict[str, int]  # piece -> id
+    vocab_file: Path
+    config: dict  # content of tokenizer_config.json
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the pieces of a text."""
+        raise NotImplementedError
+
+    def convert_tokens_to_ids(self, pieces: Sequence[str]) -> list[int]:
+        """Return the id of each piece."""
+        raise NotImplementedError
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the piece of each id."""
+        raise NotImplementedError
+
+    @staticmethod
+    def is_word_start(piece: str) -> bool:
+        """Return whether a piece starts a word."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        return self.convert_tokens_to_ids(self.tokenize(text))
+
+    def save(self, directory: str | Path) -> None:
+        """Write the vocabulary and tokenizer_config.json; transformers' AutoTokenizer then gives the same ids."""
+        shutil.copyfile(self.vocab_file, Path(directory) / self.saved_name)
+        config = json.dumps(self.config, indent=2) + "\n"
+        (Path(directory) / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+
+class WordPiece(BertTokenizer, Tokenizer):
+    """BERT's tokenizer with a vocab.txt, one piece a line; BertTokenizer has the methods that are not here.
+
+    A vocabulary with a capital letter in any piece is cased: its text keeps its case.
+
+    Raises ValueError if the file is not UTF-8.
+    """
+
+    special = SpecialPieces(sep="[SEP]", cls="[CLS]", unk="[UNK]", pad="[PAD]", bos="[CLS]", eos="[SEP]")
+    saved_name = "vocab.txt"
+    splits_at_spaces = True
+    cls_is_first = True
+    remedy = "add it as a line"
+
+    def __init__(self, vocab_file: Path):
+        try:
+            pieces = vocab_file.read_text(encoding="utf-8").split()
+        except UnicodeDecodeError:
+            raise ValueError("not a vocabulary; give a UTF-8 text file with one word piece a line") from None
+        ordinary = (piece for piece in pieces if piece[0] not in "[<")  # [SEP] and its kin say nothing about case
+        cased = any(piece != piece.lower() for piece in ordinary)
+        super().__init__(str(vocab_file), do_lower_case=not cased)
+        self.vocab_file = vocab_file
+        self.config = {"tokenizer_class": "BertTokenizer", "do_lower_case": not cased}
+
+    @staticmethod
+    def is_word_start(piece: str) -> bool:
+        """Return whether a piece starts a word: it lacks the mark `##`."""
+        return not piece.startswith("##")
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, with the official treatment of text.
+
+    A tokenizer_config.json beside the model, as transformers writes it, may set do_lower_case and keep_accents.
+
+    Raises ValueError if the package is missing or the file is not such a model.
+    Source: official prepro_utils.py, preprocess_text and encode_pieces.
+    """
+
+    special = SpecialPieces(sep="<sep>", cls="<cls>", unk="<unk>", pad="<pad>", bos="<s>", eos="</s>")
+    saved_name = "spiece.model"
+    splits_at_spaces = False
+    cls_is_first = False
+    remedy = "train it with them, see the README"
+
+    def __init__(self, vocab_file: Path):
+        try:
+            import sentencepiece  # only these models need the package
+
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        except ImportError:
+            raise ValueError("needs a package that is not here; pip install sentencepiece") from None
+        except RuntimeError:
+            raise ValueError("not a SentencePiece model; give the .model file that its training wrote") from None
+        self.vocab = {self.processor.id_to_piece(i): i for i in range(self.processor.get_piece_size())}
+        self.vocab_file = vocab_file
+        self.config = {"tokenizer_class": "XLNetTokenizer", "do_lower_case": False, "keep_accents": False}
+        config_file = vocab_file.with_name("tokenizer_config.json")
+        if config_file.is_file():
+            given = json.loads(config_file.read_text(encoding="utf-8"))
+            self.config |= {name: given[name] for name in ("do_lower_case", "keep_accents") if name in given}
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the pieces of a text; a comma after digits is a piece of its own."""
+        pieces = []
+        for piece in self.processor.encode(self.normalize(text), out_type=str):
+            pieces += self.split_off_comma(piece)
+        return pieces
+
+    def normalize(self, text: str) -> str:
+        """Return a text with plain spaces and quotes, and without accents or capitals unless the config keeps them."""
+        text = " ".join(text.split()).replace("``", '"').replace("''", '"')
+        if not self.config["keep_accents"]:
+            text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+        return text.lower() if self.config["do_lower_case"] else text
+
+    def split_off_comma(self, piece: str) -> list[str]:
+        """Return a piece such as `19,` as the pieces of its number and a comma; any other piece as it is."""
+        ends_number = len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
+        if not ends_number:
+            return [piece]
+        number = self.processor.encode(piece[:-1].replace("▁", ""), out_type=str)
+        if not piece.startswith("▁"):  # inside a word: drop the word mark that encoding the number alone adds
+            number[0] = number[0].removeprefix("▁")
+        return [part for part in number if part] + [","]
+
+    def convert_tokens_to_ids(self, pieces: Sequence[str]) -> list[int]:
+        """Return the id of each piece."""
+        return [self.processor.piece_to_id(piece) for piece in pieces]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the piece of each id."""
+        return [self.processor.id_to_piece(int(i)) for i in ids]
+
+    @staticmethod
+    def is_word_start(piece: str) -> bool:
+        """Return whether a piece starts a word: the mark `▁`, a special piece, or one ASCII punctuation mark.
+
+        Source: official _is_start_piece, whose list of punctuation marks lacks ', = and >.
+        """
+        return piece.startswith(("▁", "<")) or (len(piece) == 1 and piece in string.punctuation)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a known name, a vocab.txt, a SentencePiece .model, or a directory that holds either.
+
+    Raises ValueError if the argument is none of these, or the file is not a vocabulary.
+    """
+    path = VOCAB_DIR / TOKENIZERS[name_or_path] if name_or_path in TOKENIZERS else Path(name_or_path)
+    if path.is_dir():
+        path = find_vocabulary(path) or path
+    if not path.is_file():
+        raise ValueError(
+            f"no known tokenizer and no vocabulary; give {', '.join(TOKENIZERS)}, a vocab.txt, a SentencePiece .model, "
+            f"or a directory with one"
+        )
+    return SentencePiece(path) if path.suffix == ".model" else WordPiece(path)
+
+
+def find_vocabulary(directory: Path) -> Path | None:
+    """Return the vocabulary file in a directory, or None."""
+    for name in (SentencePiece.saved_name, WordPiece.saved_name):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
+class Vocabulary(NamedTuple):
+    """What the data pipeline and a checkpoint need to know about a tokenizer."""
+
+    size: int  # one more than the largest id
+    sep_id: int
+    cls_id: int
+    pad_id: int | None  # None: the vocabulary has no such piece
+    eod_id: int | None  # ends a document; None: the vocabulary has no such piece
+    unk_id: int
+    bos_id: int  # what transformers calls the beginning and the end of a sequence
+    eos_id: int
+    word_start: np.ndarray  # [size] bool, by id: the piece starts a word
+    digest: str  # sha256 of the pieces and of the treatment of text
+    cls_is_first: bool = False  # transformers' tokenizer puts the class mark first (BERT) or last (XLNet)
+
+    def hugging_face_config(self) -> dict[str, str | int | None]:
+        """Return the entries of config.json about special pieces.
+
+        summary_type says where fine-tuning finds the class mark.
+        """
+        return {
+            "summary_type": "first" if self.cls_is_first else "last",
+            "pad_token_id": self.pad_id,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id,
+        }
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Return the Vocabulary of a tokenizer.
+
+    Raises ValueError if it lacks a separator, a class mark or a piece for unknown text.
+    """
+    ids, special = tokenizer.vocab, tokenizer.special
+    missing = [piece for piece in (special.sep, special.cls, special.unk) if piece not in ids]
+    if missing:
+        raise ValueError(f"the vocabulary has no {' and no '.join(missing)}; {tokenizer.remedy}")
+    size = max(ids.values()) + 1
+    word_start = np.zeros(size, dtype=bool)
+    for piece, i in ids.items():
+        word_start[i] = tokenizer.is_word_start(piece)
+    content = json.dumps(tokenizer.config) + _sha256(tokenizer.vocab_file)
+    return Vocabulary(
+        size=size,
+        sep_id=ids[special.sep],
+        cls_id=ids[special.cls],
+        pad_id=ids.get(special.pad),
+        eod_id=ids.get(special.eod),
+        unk_id=ids[special.unk],
+        bos_id=ids.get(special.bos, ids[special.cls]),
+        eos_id=ids.get(special.eos, ids[special.sep]),
+        word_start=word_start,
+        digest=hashlib.sha256(content.encode()).hexdigest(),
+        cls_is_first=tokenizer.cls_is_first,
+    )
+
+
+# ---------------------------------------------------------------- texts and their cache
+
+
+class Text(NamedTuple):
+    """A tokenized text: memory-mapped arrays from the cache."""
+
+    ids: np.ndarray  # [n_tokens] uint16, or int32 if the vocabulary needs it
+    cuts: np.ndarray  # [n_sentences - 1] int64, ascending: where every sentence but the first begins
+    counts: np.ndarray  # [size of the vocabulary] int64: how often each id occurs
+    digest: str  # of the content of its files and of the vocabulary
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Return the loss, in nats per token, of knowing how often each token occurs and nothing else."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def load_text(flag: str, paths: list[str], cache_dir: str, tokenizer: Tokenizer, vocab: Vocabulary) -> Text:
+    """Return the Text of the files that a flag names; where cache_dir cannot be written, without a cache.
+
+    Raises UserError if that fails.
+    """
+    try:
+        try:
+            return read_text(paths, tokenizer, vocab, cache_dir)
+        except OSError as error:
+            if error.filename in paths:
+                raise
+            warn(f"--cache_dir {cache_dir}: {error.strerror}; the text will be tokenized at every start")
+            with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
+                return read_text(paths, tokenizer, vocab, folder)
+    except OSError as error:
+        if error.filename in paths:
+            raise UserError(f"--{flag} {error.filename}: {error.strerror}; give a text file") from None
+        raise UserError(f"--cache_dir {cache_dir}: {error}; give a folder with more space") from None
+    except ValueError as error:
+        raise UserError(f"--{flag} {error}") from None
+
+
+def read_text(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, cache_dir: str | Path) -> Text:
+    """Return the Text of UTF-8 files, one sentence a line; only a text that the cache lacks is tokenized.
+
+    A blank line ends a document, and so does the end of a file that another one follows. A document's end becomes
+    vocab.eod_id, a sentence of its own, or nothing if that is None.
+
+    The cache has a folder for each text, named by the content of its files and of the vocabulary. A folder is complete
+    before it has this name. While one process writes it, others that need it wait.
+
+    Raises OSError if a file cannot be read or cache_dir cannot be written, ValueError if a file is not UTF-8 or holds
+    no text.
+    """
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, paths))
+    name = hashlib.sha256("\n".join([vocab.digest, *digests]).encode()).hexdigest()[:32]
+    folder = Path(cache_dir) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        text = open_text(folder)
+        if text is None:
+            fill_cache(paths, tokenizer, vocab, folder)
+            text = open_text(folder)
+    return text
+
+
+def fill_cache(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path) -> None:
+    """Tokenize files into a folder that gets its name when it is complete."""
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # damaged
+    temporary.mkdir()
+    try:
+        tokenize(paths, tokenizer, vocab, temporary)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(temporary)
+        raise
+    temporary.rename(folder)
+
+
+def open_text(folder: Path) -> Text | None:
+    """Return the Text that `tokenize` wrote into a folder, or None if the folder is missing or damaged."""
+    try:
+        summary = json.loads((folder / "about.json").read_text())
+        ids = np.memmap(folder / "ids", summary["dtype"], mode="r")
+        sentence_starts = np.memmap(folder / "begins", np.int64, mode="r")
+        if len(ids) != sum(summary["counts"]) or len(sentence_starts) != summary["sentences"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return Text(np.asarray(ids), np.asarray(sentence_starts[1:]), np.array(summary["counts"]), folder.name)
+
+
+def tokenize(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path) -> None:
+    """Tokenize files, on all cores, into a folder.
+
+    Writes ids ([n_tokens], uint16 or int32), begins ([n_sentences] int64, where each sentence begins) and about.json:
+    the type of the ids, the number of sentences, and how often each id occurs.
+    """
+    dtype = np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
+    n_bytes = sum(os.path.getsize(path) for path in paths)
+    n_workers = min(joblib.cpu_count(), 1 + n_bytes // CHUNK)
+    progress = tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
+
+    parallel = joblib.Parallel(n_workers, return_as="generator", idle_worker_timeout=5)
+    encode = joblib.delayed(encode_chunk)
+    encoded_chunks = parallel(
+        encode(chunk, continues_line, tokenizer.vocab_file, vocab.digest, vocab.eod_id)
+        for chunk, continues_line in read_chunks(paths, progress)
+    )
+
+    counts = np.zeros(vocab.size, dtype=np.int64)
+    n_sentences = 0
+    with (
+        open(folder / "ids", "wb") as ids_file,
+        open(folder / "begins", "wb") as begins_file,
+        progress,
+        contextlib.closing(encoded_chunks),
+    ):
+        for ids, sentence_starts in encoded_chunks:
+            n_tokens_before = counts.sum()
+            ids_file.write(ids.astype(dtype))
+            begins_file.write(n_tokens_before + sentence_starts)
+            counts += np.bincount(ids, minlength=vocab.size)
+            n_sentences += len(sentence_starts)
+        for file in (ids_file, begins_file):
+            file.flush()
+            os.fsync(file.fileno())
+    summary = {"dtype": dtype.name, "sentences": n_sentences, "counts": counts.tolist()}
+    (folder / "about.json").write_text(json.dumps(summary))
+
+
+# ---------------------------------------------------------------- from files to chunks
+
+
+def read_chunks(paths: Sequence[str | Path], progress: tqdm) -> Iterator[tuple[str, bool]]:
+    """Yield the text of files in chunks, each with whether its first line continues a line of the chunk before.
+
+    Between two files there is a blank line.
+
+    progress: a bar that counts bytes
+    Raises ValueError if a file is not UTF-8, or has no letter, digit or punctuation mark.
+    """
+    for i, path in enumerate(paths):
+        yield from read_chunks_of_file(path, "" if i == 0 else "\n", progress)
+
+
+def read_chunks_of_file(path: str | Path, prefix: str, progress: tqdm) -> Iterator[tuple[str, bool]]:
+    """Yield a prefix and the text of one file in chunks, as `read_chunks` does.
+
+    A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit.
+    """
+    text = prefix  # read, and not yet yielded
+    at_end = continues_line = holds_text = False
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        while not at_end:
+            new = read_characters(file)
+            at_end = new == ""
+            text += new
+            end = len(text) if at_end else chunk_end(text)
+            chunk, text = text[:end], text[end:]
+            if chunk:
+                yield chunk, continues_line
+                continues_line = not chunk.endswith("\n")
+                holds_text = holds_text or any(c.isalnum() or c in string.punctuation for c in chunk)
+            progress.update(len(new.encode()))
+    if not holds_text:
+        raise ValueError(f"{path} holds no text; give one with a sentence on each line")
+
+
+def chunk_end(text: str) -> int:
+    """Return where a chunk can end in a text that goes on: after its last line, else after its last space; 0: nowhere.
+
+    A space at the beginning of a line does not count: a chunk of blanks alone would look like a blank line.
+    """
+    if "\n" in text:
+        return text.rfind("\n") + 1
+    first_word = len(text) - len(text.lstrip())
+    return text.rfind(" ", first_word) + 1
+
+
+def read_characters(file: TextIO) -> str:
+    """Return the next CHUNK characters of a file, "" at its end; raise ValueError if they are not UTF-8."""
+    try:
+        return file.read(CHUNK)
+    except UnicodeDecodeError as error:
+        line = first_line_not_utf8(file.name)
+        raise ValueError(f"{file.name}, line {line} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
+
+
+def first_line_not_utf8(path: str | Path) -> int:
+    """Return the number of the first line that is not UTF-8, counted from 1."""
+    with open(path, "rb") as lines:
+        return next(n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+
+
+# ---------------------------------------------------------------- from chunks to ids, in a worker process
+
+
+def encode_chunk(
+    chunk: str, continues_line: bool, vocab_file: Path, digest: str, eod_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a chunk, [n] int32, and where in them sentences begin, [n_sentences] int64.
+
+    continues_line: the first line began in the chunk before
+    """
+    encode = encoder(vocab_file, digest)
+    document_end = [] if eod_id is None else [eod_id]
+    ids, sentence_starts = [], []
+    for line in chunk.removesuffix("\n").split("\n"):
+        line = line.strip()
+        if line:
+            sentence = encode(line)
+        else:  # a blank line, or the blanks at the end of a line that the chunk before has
+            sentence = [] if continues_line else document_end
+        if sentence and not continues_line:
+            sentence_starts.append(len(ids))
+        ids.extend(sentence)
+        continues_line = False
+    return np.array(ids, dtype=np.int32), np.array(sentence_starts, dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def encoder(vocab_file: Path, digest: str) -> Callable[[str], list[int]]:
+    """Return the function from a line to its ids, the same one until the vocabulary changes.
+
+    digest: of the vocabulary; it differs if another vocabulary now has the same file name
+    """
+    tokenizer = load_tokenizer(vocab_file)
+    if not tokenizer.splits_at_spaces:
+        return tokenizer.encode
+    encode_word = functools.lru_cache(maxsize=WORDS)(tokenizer.encode)  # BERT's tokenizer is slow
+
+    def encode_line(line: str) -> list[int]:
+        return [i for word in line.split(" ") for i in encode_word(word)]
+
+    return encode_line
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

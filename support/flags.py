@@ -1,0 +1,526 @@
+"""The flags of main.py: their names, types and defaults, how a checkpoint fixes some of them, and their checks."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from support import UserError
+from support.corpus import TOKENIZERS
+
+# On --resume. Text and vocabulary are compared by content. What the optimizer keeps in its state may not be here.
+MAY_CHANGE = {
+    "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
+    "output_dir", "resume", "tensorboard", "cache_dir",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError and leaves it to main to end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str] | None, fixed: dict[str, Any] | None = None, source: str = "") -> argparse.Namespace:
+    """Return the flags of a command line; those not given have their default, or the value in `fixed`.
+
+    argv: words of the command line; None = those of this program
+    fixed: flags that a checkpoint fixes, by name; source: the checkpoint, for messages
+    Raises UserError for a wrong flag or value, and for a flag that contradicts a fixed one.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not fixed:
+        return args
+    if args.num_step is not None or args.train_steps is not None:  # a new end replaces both
+        fixed = fixed | {"num_step": None, "train_steps": None}
+    parser.set_defaults(**fixed)
+    args = parser.parse_args(argv)
+    for name, value in fixed.items():
+        given = getattr(args, name)
+        if given != value and name not in MAY_CHANGE:
+            raise UserError(f"--{name} {given} contradicts {source}, where it is {value}; leave it out")
+    return args
+
+
+def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
+    """Set the flags whose defaults depend on other flags, on the environment or on the number of processes."""
+    if args.data is None:
+        args.data = [str(Path(__file__).resolve().parent.parent / "data.txt")]
+    if args.cache_dir is None:
+        args.cache_dir = default_cache_dir()
+    if args.batch_size is None:
+        args.batch_size = batch_divisor(args, world_size)
+    if args.num_step is None and args.train_steps is None:
+        args.num_step = 100
+
+
+def default_cache_dir() -> str:
+    """Return the folder of tokenized texts: xlnet in $XDG_CACHE_HOME, or in ~/.cache."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlnet")
+
+
+def with_absolute_paths(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags by name, so that a run can go on from another folder."""
+    paths = {
+        "data": [os.path.abspath(path) for path in args.data],
+        "cache_dir": os.path.abspath(args.cache_dir),
+    }
+    if args.valid:
+        paths["valid"] = os.path.abspath(args.valid)
+    if args.tokenizer not in TOKENIZERS:
+        paths["tokenizer"] = os.path.abspath(args.tokenizer)
+    return vars(args) | paths
+
+
+def batch_divisor(args: argparse.Namespace, world_size: int) -> int:
+    """Return the number that must divide batch_size: a row for each process, with bi_data one in each direction."""
+    return 2 * world_size if args.bi_data else world_size
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """Raise UserError for flags that do not go together."""
+    rest_len = args.seq_len - args.reuse_len
+    if rest_len < 4:
+        raise UserError(
+            f"--reuse_len {args.reuse_len} leaves no room for two segments, two [SEP] and a [CLS] in "
+            f"--seq_len {args.seq_len}; give at most {args.seq_len - 4}"
+        )
+    if args.reuse_len % args.perm_size or rest_len % args.perm_size:
+        raise UserError(
+            f"--perm_size {args.perm_size} must divide --reuse_len {args.reuse_len} and "
+            f"--seq_len - --reuse_len = {rest_len}; try {nearest_divisors(args.perm_size, args.reuse_len, rest_len)}"
+        )
+    most_targets = min(2 * args.reuse_len, 2 * rest_len + 1)  # the larger half lies in the first reuse_len
+    if args.num_predict > most_targets:
+        raise UserError(
+            f"--num_predict {args.num_predict} does not fit into --seq_len {args.seq_len} with "
+            f"--reuse_len {args.reuse_len}; give at most {most_targets}"
+        )
+    if args.mask_beta > args.mask_alpha:
+        raise UserError(
+            f"--mask_beta {args.mask_beta} is above --mask_alpha {args.mask_alpha}; give at most {args.mask_alpha}"
+        )
+    if args.d_model % 2:
+        raise UserError(
+            f"--d_model {args.d_model} is odd, and half of the position features are sines; try {args.d_model + 1}"
+        )
+    divisor = batch_divisor(args, world_size)
+    if args.batch_size % divisor:
+        raise UserError(
+            f"--batch_size {args.batch_size} must be a multiple of {divisor}, for --bi_data {args.bi_data} on "
+            f"{world_size} processes; try {math.ceil(args.batch_size / divisor) * divisor}"
+        )
+    if args.rows is not None and args.rows % args.batch_size:
+        raise UserError(
+            f"--rows {args.rows} is no multiple of --batch_size {args.batch_size}; "
+            f"try {max(1, args.rows // args.batch_size) * args.batch_size}"
+        )
+    if args.min_lr_ratio > 1:
+        raise UserError(f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1")
+    if args.output_dir and args.n_head * args.d_head != args.d_model:
+        raise UserError(
+            f"--n_head {args.n_head} times --d_head {args.d_head} is not --d_model {args.d_model}, which a Hugging "
+            f"Face XLNet needs; leave out --output_dir, or try --d_head {max(1, args.d_model // args.n_head)}"
+        )
+    if args.save_steps and not args.output_dir:
+        raise UserError(f"--save_steps {args.save_steps} needs --output_dir; give a folder")
+    if args.tensorboard and not args.output_dir:
+        raise UserError("--tensorboard needs --output_dir; give a folder")
+    if args.eval_steps and not args.valid:
+        raise UserError(f"--eval_steps {args.eval_steps} needs --valid; give a validation text")
+
+
+def nearest_divisors(near: int, first: int, second: int) -> str:
+    """Return the common divisors of two numbers next below and next above `near`, as in "128 or 256"."""
+    divisors = [n for n in range(1, min(first, second) + 1) if first % n == 0 and second % n == 0]
+    below = [n for n in divisors if n < near]
+    above = [n for n in divisors if n > near]
+    return " or ".join(str(n) for n in below[-1:] + above[:1])
+
+
+# ---------------------------------------------------------------- types of values
+
+
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    """Return a function from text to an int or a float from `least` on and less than `below`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:  # nan too
+            name = "a whole number" if kind is int else "a number"
+            limit = f"of at least {least}" + ("" if below == math.inf else f" and below {below}")
+            raise argparse.ArgumentTypeError(f"{text!r} will not do; give {name} {limit}")
+        return value
+
+    return convert
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} will not do; give True or False")
+
+
+POSITIVE = number(int, 1)
+NATURAL = number(int, 0)
+REAL = number(float, 0)
+RATE = number(float, 0, below=1)
+
+# ---------------------------------------------------------------- the flags
+
+
+def build_parser() -> Parser:
+    """Return the parser of all flags, in the groups of --help."""
+    parser = Parser(
+        prog="main.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_optimizer_flags(parser.add_argument_group("optimizer"))
+    add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+DESCRIPTION = """\
+Pretrain XLNet on a text file, one sentence a line, a blank line between documents.
+
+    python main.py
+    python main.py --data my.txt --valid held_out.txt --output_dir out --n_layer 4 --d_model 64 --d_head 16
+    python main.py --output_dir out --resume
+    torchrun --nproc_per_node 2 main.py --data books/*.txt --batch_size 8
+    python main.py --data ./data.txt --tokenizer bert-base-uncased --seq_len 512 --reuse_len 256 --perm_size 256 \\
+      --bi_data True --mask_alpha 6 --mask_beta 1 --num_predict 85 --mem_len 384 --num_step 100
+
+Each line printed is one step: the loss on one batch of windows, in nats per predicted token. Guessing blindly costs
+ln(size of the vocabulary), 10.3 for BERT's; guessing by word frequency costs the unigram entropy, which the first line
+prints.
+"""
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text, a sentence a line, a blank line between documents; several files are several documents "
+        "(default: data.txt beside main.py)",
+    )
+    group.add_argument(
+        "--cache_dir",
+        metavar="DIR",
+        help="folder that keeps the token ids of a text once it is tokenized (default: xlnet in $XDG_CACHE_HOME, or in "
+        "~/.cache)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        default="bert-base-uncased",
+        help=f"{', '.join(TOKENIZERS)}, a vocab.txt, a SentencePiece .model, or a directory with one of them "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--seq_len",
+        type=number(int, 5),
+        metavar="N",
+        default=512,
+        help="tokens in a window (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reuse_len",
+        type=POSITIVE,
+        metavar="N",
+        default=256,
+        help="first tokens of a window, which become memory; the next window begins after them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--perm_size",
+        type=POSITIVE,
+        metavar="N",
+        default=256,
+        help="tokens permuted together; must divide reuse_len and seq_len - reuse_len (default: %(default)s)",
+    )
+    group.add_argument(
+        "--bi_data",
+        type=true_or_false,
+        metavar="BOOL",
+        default=False,
+        help="True: half of the batch reads the text backwards; needs an even batch_size (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask_alpha",
+        type=POSITIVE,
+        metavar="N",
+        default=6,
+        help="around a span of L predicted tokens lie L * mask_alpha / mask_beta context tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask_beta",
+        type=POSITIVE,
+        metavar="N",
+        default=1,
+        help="see mask_alpha; not above it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--num_predict",
+        type=POSITIVE,
+        metavar="N",
+        default=85,
+        help="tokens predicted in a window (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mem_len",
+        type=NATURAL,
+        metavar="N",
+        default=384,
+        help="tokens of earlier windows kept as memory, 0 = none (default: %(default)s)",
+    )
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--n_layer", type=POSITIVE, metavar="N", default=6, help="layers (default: %(default)s)")
+    group.add_argument(
+        "--n_head",
+        type=POSITIVE,
+        metavar="N",
+        default=4,
+        help="attention heads in a layer (default: %(default)s)",
+    )
+    group.add_argument("--d_head", type=POSITIVE, metavar="N", default=8, help="width of a head (default: %(default)s)")
+    group.add_argument(
+        "--d_model",
+        type=number(int, 2),
+        metavar="N",
+        default=32,
+        help="width of the model, even (default: %(default)s)",
+    )
+    group.add_argument(
+        "--d_inner",
+        type=POSITIVE,
+        metavar="N",
+        default=32,
+        help="width inside the feed-forward layer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=RATE,
+        metavar="N",
+        default=0.0,
+        help="dropout of hidden states and positions, 0 = off: small models underfit first (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dropatt",
+        type=RATE,
+        metavar="N",
+        default=0.0,
+        help="dropout of attention weights, 0 = off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ff_activation",
+        choices=("relu", "gelu", "gelu_new"),
+        default="relu",
+        help="activation of the feed-forward layer; gelu_new is the tanh form, the official code's gelu "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--attn_type",
+        choices=("bi", "uni"),
+        default="bi",
+        help="bi: XLNet; uni: tokens see only tokens to their left (default: %(default)s)",
+    )
+    group.add_argument(
+        "--clamp_len",
+        type=number(int, -1),
+        metavar="N",
+        default=-1,
+        help="largest distance told apart, tokens; 0 or -1 = no limit (default: %(default)s)",
+    )
+    group.add_argument(
+        "--same_length",
+        type=true_or_false,
+        metavar="BOOL",
+        default=False,
+        help="True: with attn_type uni, every token sees equally far back (default: %(default)s)",
+    )
+    group.add_argument(
+        "--init",
+        choices=("local", "normal"),
+        default="local",
+        help="local: each head starts out looking at one distance, -4 to 4; normal: as the official code "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--init_std",
+        type=REAL,
+        metavar="N",
+        help="standard deviation of the initial weights (default: 0.5 / sqrt(d_model) with local, 0.02 with normal)",
+    )
+
+
+def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--batch_size",
+        type=POSITIVE,
+        metavar="N",
+        help="rows of text in a step, shared out evenly to the processes of torchrun (default: one a process, two with "
+        "--bi_data True)",
+    )
+    group.add_argument(
+        "--rows",
+        type=POSITIVE,
+        metavar="N",
+        help="rows the text is cut into, a multiple of batch_size; each step takes the next batch_size of them, and "
+        "each row has its own memory (default: batch_size for a page; for a longer text up to 16 times that, if each "
+        "row then has at least 32 windows)",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=REAL,
+        metavar="N",
+        default=4e-3,
+        help="peak of the schedule (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=REAL,
+        metavar="N",
+        default=0.01,
+        help="AdamW's decay, on all weights but biases and LayerNorm, 0 = off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adam_epsilon",
+        type=REAL,
+        metavar="N",
+        default=1e-8,
+        help="AdamW's epsilon (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=NATURAL,
+        metavar="N",
+        default=0,
+        help="updates over which the learning rate rises from 0, 0 = off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--decay_method",
+        choices=("constant", "poly", "cos"),
+        default="constant",
+        help="after the warm-up: constant, poly (a straight line) or cos down to min_lr_ratio (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min_lr_ratio",
+        type=REAL,
+        metavar="N",
+        default=0.0,
+        help="learning rate of the last update as a share of learning_rate (default: %(default)s)",
+    )
+    group.add_argument(
+        "--clip",
+        type=REAL,
+        metavar="N",
+        default=0.25,
+        help="largest norm of the gradient, 0 = off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--grad_accum_steps",
+        type=POSITIVE,
+        metavar="N",
+        default=1,
+        help="steps whose mean gradient makes one update (default: %(default)s)",
+    )
+
+
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--num_step",
+        "--num_epoch",
+        type=POSITIVE,
+        metavar="N",
+        help="passes over the text (default: 100, or all that --train_steps takes)",
+    )
+    group.add_argument(
+        "--train_steps",
+        type=POSITIVE,
+        metavar="N",
+        help="stop after so many updates (default: no limit)",
+    )
+    group.add_argument(
+        "--seed",
+        type=NATURAL,
+        metavar="N",
+        default=0,
+        help="of all random numbers; the same seed prints the same lines (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda where there is one, else cpu (default: %(default)s)",
+    )
+    group.add_argument(
+        "--bf16",
+        action="store_true",
+        help="multiply matrices in bfloat16; weights, optimizer and loss stay float32",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model: minutes at the start; meant for GPUs",
+    )
+    group.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="folder for checkpoints, metrics.csv and loss.png (default: nothing is saved)",
+    )
+    group.add_argument(
+        "--save_steps",
+        type=POSITIVE,
+        metavar="N",
+        help="steps between checkpoints; there is one at the end too (default: a pass)",
+    )
+    group.add_argument(
+        "--save_total_limit",
+        type=NATURAL,
+        metavar="N",
+        default=3,
+        help="checkpoints kept, the newest ones, 0 = all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on from the newest whole checkpoint of --output_dir, or from one named, with its flags",
+    )
+    group.add_argument(
+        "--init_checkpoint",
+        metavar="DIR",
+        help="start from the weights and shape of a checkpoint or of any Hugging Face XLNet",
+    )
+    group.add_argument(
+        "--valid",
+        metavar="FILE",
+        help="validation text; its targets are the same at every evaluation (default: none)",
+    )
+    group.add_argument(
+        "--eval_steps",
+        type=POSITIVE,
+        metavar="N",
+        help="steps between evaluations on --valid (default: a pass)",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write TensorBoard event files into --output_dir",
+    )

@@ -1,0 +1,119 @@
+"""The processes of a run: which one this is, sums over all of them, its device, and the signals that stop a run.
+
+torchrun starts the processes and tells each its place in environment variables; without torchrun there is one.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from support import UserError
+
+
+def rank() -> int:
+    """Return the number of this process in the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return the number of processes in the run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Return the number of the run's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process: with "auto" its GPU where there is one, else the CPU.
+
+    Raises UserError if there is no GPU, or not one for each process of this machine.
+    """
+    n_gpu = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and n_gpu == 0):
+        return torch.device("cpu")
+    if n_gpu == 0:
+        raise UserError(f"--device {name}: PyTorch finds no CUDA device here; give auto or cpu")
+    if n_gpu < local_world_size():
+        raise UserError(
+            f"--device {name}: {n_gpu} CUDA devices are too few for {local_world_size()} processes; start as many "
+            f"processes as there are devices, or give cpu"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def connected(device: torch.device) -> Iterator[None]:
+    """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs."""
+    if world_size() > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # one process may tokenize for long while the others wait
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    yield  # an error leaves the processes connected: `is_lost_process` asks, and disconnecting could wait for ever
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Return whether an error says that another process of the run is gone."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the processes of the run."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: object) -> list | None:
+    """Return the values of all processes, in the order of their ranks, at rank 0; None elsewhere. All must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the first SIGINT or SIGTERM that any process has received, 0 before.
+
+    A second signal kills the process. With torchrun it does not: torchrun passes on what a terminal sends to all
+    anyway, and kills by itself after a while.
+    """
+    signums = (signal.SIGINT, signal.SIGTERM)
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        if not dist.is_initialized():
+            for each in signums:
+                signal.signal(each, signal.SIG_DFL)
+
+    def first_signal() -> int:
+        signum = torch.tensor(received[0] if received else 0)
+        if dist.is_initialized():
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return signum.item()
+
+    handlers = {each: signal.signal(each, receive) for each in signums}
+    try:
+        yield first_signal
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)

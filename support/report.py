@@ -1,0 +1,208 @@
+"""What a run tells: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
+
+It reports and never ends a run.
+"""
+
+import contextlib
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from support import UserError, warn
+
+COLUMNS = ("pass", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss")
+
+
+class Reporter:
+    """Reports each step when its numbers have arrived.
+
+    On a GPU reports are one step late: the CPU prepares and reports while the GPU computes.
+
+    first_step, last_step: steps made before this start, and in the whole run
+    pass_loss: sum of the losses of the first pass before this start
+    pass_len: steps of a pass; tokens_per_step: of the text, in all processes
+    output_dir: folder of metrics.csv and loss.png, or None; tensorboard: write event files there too
+    device: what the steps run on; silent: report nothing, in all processes but the first
+    Raises UserError if TensorBoard is wanted and not installed.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        pass_loss: float,
+        last_step: int,
+        pass_len: int,
+        tokens_per_step: int,
+        device: torch.device,
+        output_dir: str | None = None,
+        tensorboard: bool = False,
+        silent: bool = False,
+    ):
+        self.pass_len, self.tokens_per_step, self.silent = pass_len, tokens_per_step, silent
+        self.lag = 1 if device.type == "cuda" else 0  # steps that may wait for their numbers
+        self.began = time.perf_counter()  # of the step
+        self.waiting: list[tuple[dict[str, Any], torch.cuda.Event | None]] = []
+        self.pass_loss = pass_loss  # sum of the losses of this pass
+        self.last: dict[str, Any] = {}  # metrics of the last step reported
+        self.row: dict[str, Any] | None = None  # the same, until it is written to metrics.csv
+        self.output_dir = None if silent else output_dir
+        self.file = self.events = None
+        if self.output_dir and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "--tensorboard needs a package that is not installed; pip install tensorboard"
+                ) from None
+            self.events = SummaryWriter(self.output_dir, purge_step=first_step + 1)
+        if self.output_dir:
+            path = Path(self.output_dir) / "metrics.csv"
+            try:
+                self.file = open_metrics(path, first_step)
+            except OSError as error:
+                warn(f"{path}: {error.strerror}; no rows are written")
+        self.progress = tqdm(
+            initial=first_step, total=last_step, unit="step", leave=False, disable=True if silent else None
+        )
+
+    def begin_step(self) -> None:
+        """Start the clock of a step."""
+        self.began = time.perf_counter()
+
+    def end_step(self, metrics: dict[str, Any], wait: bool = False) -> list[dict[str, Any]]:
+        """Take the metrics of a step, numbers and tensors, and report what has arrived.
+
+        On a GPU that is the previous step; with `wait` this one too.
+
+        metrics: pass and step from 1, loss, and after an update learning_rate and gradient_norm
+        -> the metrics of the steps reported now, as plain numbers
+        """
+        if self.waiting:  # so that a GPU is never more than one step behind
+            self.waiting[-1][1].synchronize()
+        metrics = metrics | {"tokens_per_second": self.tokens_per_step / (time.perf_counter() - self.began)}
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                metrics[name] = value.detach().to("cpu", non_blocking=self.lag > 0)
+        self.waiting.append((metrics, torch.cuda.current_stream().record_event() if self.lag else None))
+
+        reported = []
+        while len(self.waiting) > (0 if wait else self.lag):
+            metrics, arrived = self.waiting.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            numbers = {
+                name: float(value) if isinstance(value, torch.Tensor) else value for name, value in metrics.items()
+            }
+            self.report(numbers)
+            reported.append(numbers)
+        return reported
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Print the line of a step, and pass its numbers on to metrics.csv and TensorBoard."""
+        self.flush()
+        self.last = self.row = metrics
+        window = (metrics["step"] - 1) % self.pass_len + 1
+        if window == 1:
+            self.pass_loss = 0.0
+        self.pass_loss += metrics["loss"]
+        self.line(f"Number of Epoch: {metrics['pass']:04d} in {window:04d} Step cost = {metrics['loss']:.6f}")
+        self.progress.update()
+        self.add_events(COLUMNS[2:])
+
+    def validation(self, loss: float) -> None:
+        """Report the loss on the validation set after the last step reported."""
+        self.last["validation_loss"] = loss
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # which may be infinite
+        self.line(f"Validation cost = {loss:.6f} perplexity = {perplexity:.2f}")
+        self.add_events(("validation_loss",))
+
+    def add_events(self, names: tuple[str, ...]) -> None:
+        """Pass the named metrics of the last step on to TensorBoard."""
+        if self.events:
+            for name in names:
+                if name in self.last:
+                    self.events.add_scalar(name, self.last[name], self.last["step"])
+
+    def line(self, text: str) -> None:
+        """Print a line to stdout, above the progress bar."""
+        if not self.silent:
+            with self.progress.external_write_mode():
+                print(text, flush=True)
+
+    def flush(self) -> None:
+        """Write the row of the last step reported to metrics.csv."""
+        if self.file and self.row:
+            try:
+                csv.DictWriter(self.file, COLUMNS).writerow(self.row)
+                self.file.flush()
+            except OSError as error:
+                warn(f"{self.file.name}: {error.strerror}; no more rows are written")
+                with contextlib.suppress(OSError):  # closing writes what is left
+                    self.file.close()
+                self.file = None
+        self.row = None
+
+    def draw(self) -> None:
+        """Draw loss.png from metrics.csv, where matplotlib is installed."""
+        self.flush()
+        if self.file:
+            try:
+                draw_loss(Path(self.output_dir))
+            except OSError as error:
+                warn(f"{self.output_dir}/loss.png: {error.strerror}; it is not drawn")
+
+    def close(self) -> None:
+        """End the progress bar and close all files."""
+        self.flush()
+        self.progress.close()
+        if self.file:
+            self.file.close()
+        if self.events:
+            self.events.close()
+
+
+def open_metrics(path: Path, step: int) -> TextIO:
+    """Return metrics.csv open for appending, without the rows of steps after `step`, which will be made again."""
+    kept = []
+    if step and path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                is_whole = None not in row.values()  # a full disk may have cut the last one short
+                if is_whole and int(row["step"]) <= step:
+                    kept.append(row)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(temporary, path)
+    return open(path, "a", newline="")
+
+
+def draw_loss(output_dir: Path) -> None:
+    """Draw loss.png from metrics.csv: the loss of each step, its running mean, and validation."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    table = np.genfromtxt(output_dir / "metrics.csv", delimiter=",", names=True, ndmin=1)
+    step, loss, validation = table["step"], table["loss"], table["validation_loss"]
+    if len(step) == 0:
+        return
+    width = min(50, len(loss))  # steps of the running mean
+    mean = np.convolve(loss, np.full(width, 1 / width), mode="valid")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per predicted token")
+    axes.plot(step, loss, color="0.8", linewidth=0.8, label="training, each step")
+    axes.plot(step[width // 2 :][: len(mean)], mean, label=f"training, mean of {width} steps around")
+    evaluated = np.isfinite(validation)
+    if evaluated.any():
+        axes.plot(step[evaluated], validation[evaluated], marker=".", label="validation")
+    axes.legend()
+    figure.savefig(output_dir / "loss.png", dpi=100)

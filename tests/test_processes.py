@@ -1,0 +1,312 @@
+"""Several processes: what they compute together, how they stop, die and go on. All on this machine, with gloo."""
+
+import contextlib
+import csv
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from support import UserError, checkpoint, processes
+from xlnet import XLNet
+
+ROOT = Path(main.__file__).parent
+DATA = str(ROOT / "data.txt")
+SMALL = (
+    "--seq_len 32 --reuse_len 16 --perm_size 8 --mem_len 24 --num_predict 7 --n_layer 2 --n_head 2 --d_head 4 "
+    "--d_model 8 --d_inner 8 --data"
+).split() + [DATA]
+if torch.cuda.is_available():  # each process would need one of its own
+    SMALL += ["--device", "cpu"]
+LINE = re.compile(r"^Number of Epoch.* = (\S+)", re.M)
+
+
+# ---------------------------------------------------------------- starting processes
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Return a function that starts main.main(argv), or another target, in n processes; they end with the tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main", "torch._dynamo"])  # which the first update imports
+    started = []
+
+    def start(n, argv, folder, target=main.main):
+        port = free_port()
+        children = [context.Process(target=child, args=(rank, n, port, argv, folder, target)) for rank in range(n)]
+        started.extend(children)
+        for each in children:
+            each.start()
+        return children
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def place_of(rank, n):
+    """Return the environment in which torchrun starts one of n processes on one machine."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+
+
+def child(rank, n, port, argv, folder, target):
+    """Be one of n processes; what it prints goes into folder/<rank>.out and .err."""
+    if n > 1:
+        os.environ.update(place_of(rank, n), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    Path(folder).mkdir(exist_ok=True)
+    with open(f"{folder}/{rank}.out", "a") as out, open(f"{folder}/{rank}.err", "a") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            target([*argv, "--output_dir", f"{folder}/run"])
+
+
+def join(children, timeout=60):
+    for each in children:
+        each.join(timeout)
+    return [each.exitcode for each in children]
+
+
+def losses(folder):
+    return [float(loss) for loss in LINE.findall(Path(folder, "0.out").read_text())]
+
+
+def read_metrics(folder):
+    with open(folder / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["tokens_per_second"]
+    return rows
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Return a function that makes this process one of n, as far as it is told."""
+
+    def set_place(rank, n):
+        for name, value in place_of(rank, n).items():
+            monkeypatch.setenv(name, value)
+
+    return set_place
+
+
+# ---------------------------------------------------------------- what they compute together
+
+
+def watched(argv):
+    """Run main.main; save this process's gradient of every update, and what its model reads in evaluations."""
+    step, forward = torch.optim.AdamW.step, XLNet.forward
+    gradients, evaluated = [], []
+
+    def step_spy(optimizer):
+        gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        return step(optimizer)
+
+    def forward_spy(model, inp_k, **others):
+        if not model.training:
+            evaluated.append(inp_k)
+        return forward(model, inp_k, **others)
+
+    torch.optim.AdamW.step, XLNet.forward = step_spy, forward_spy
+    main.main(argv)
+    torch.save((gradients, evaluated), f"{argv[-1]}/../seen-{processes.rank()}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, members",
+    [
+        ("--batch_size 2 --rows 2 --train_steps 50", [[0], [1]]),
+        ("--batch_size 4 --rows 8 --bi_data True --train_steps 50", [[0, 2], [1, 3]]),
+        ("--batch_size 2 --rows 2 --grad_accum_steps 3 --train_steps 17", [[0], [1]]),
+    ],
+)
+def test_two_processes_compute_what_one_does(start, tmp_path, flags, members):
+    """50 steps: the same losses, gradients and model; rank 0 alone prints and saves; each evaluates its own rows."""
+    valid = tmp_path / "valid.txt"
+    valid.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:30]))
+    argv = [*SMALL, "--clip", "0", "--learning_rate", "1e-3", *flags.split()]
+    argv += ["--valid", str(valid), "--eval_steps", "20"]
+    one, two = start(1, argv, tmp_path / "one", watched), start(2, argv, tmp_path / "two", watched)
+    assert join(one) == [0] and join(two) == [0, 0]
+    assert len(losses(tmp_path / "one")) >= 50
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert (tmp_path / "two" / "1.out").read_text() == "" == (tmp_path / "two" / "1.err").read_text()
+
+    one, two = (re.findall(r"Validation cost = (\S+)", (tmp_path / n / "0.out").read_text()) for n in ("one", "two"))
+    assert len(one) == 3 and list(map(float, two)) == pytest.approx(list(map(float, one)), abs=1e-5)
+    whole_gradients, whole_batches = torch.load(tmp_path / "one" / "seen-0.pt")
+    for rank in range(2):
+        gradients, batches = torch.load(tmp_path / "two" / f"seen-{rank}.pt")
+        assert len(batches) > 3 * 10
+        for batch, whole in zip(batches, whole_batches, strict=True):
+            assert torch.equal(batch, whole[:, members[rank]])
+        for update, expected in zip(gradients, whole_gradients, strict=True):
+            for gradient, same in zip(update, expected, strict=True):
+                torch.testing.assert_close(gradient, same, rtol=0, atol=1e-6)
+
+    [name] = [path.name for path in checkpoint.checkpoints(tmp_path / "one" / "run")]
+    models = [XLNet.from_pretrained(tmp_path / n / "run" / name).state_dict() for n in ("one", "two")]
+    for weight, same in zip(*(model.values() for model in models), strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["loader", "valid_loader"])
+def test_each_row_has_its_own_generator_and_place(in_place, name):
+    """A process makes the rows that are its share, as the one process makes them that has all."""
+    argv = [*SMALL, "--bi_data", "True", "--batch_size", "4", "--rows", "8", "--valid", DATA]
+    whole = getattr(main.prepare(argv), name)
+    for rank, members in enumerate(([0, 2], [1, 3])):
+        in_place(rank, 2)
+        part = getattr(main.prepare(argv), name)
+        for step in (0, 1, 5):
+            batch, share = whole.batch(step), part.batch(step)
+            assert all(torch.equal(batch[key][..., members], share[key]) for key in batch)
+            assert len(batch["rank"].unique(dim=1)[0]) == 4
+
+
+@pytest.mark.slow
+def test_a_process_has_its_own_dropout_and_by_default_one_row(start, tmp_path):
+    """batch_size is one row a process; random states differ from process to process; the lines are printed once."""
+    assert join(start(2, [*SMALL, "--train_steps", "3"], tmp_path / "run")) == [0, 0]
+    out = (tmp_path / "run" / "0.out").read_text()
+    assert len(LINE.findall(out)) == 3 and len(out.splitlines()) == 5
+    assert (tmp_path / "run" / "1.out").read_text() == ""
+    state = checkpoint.load(tmp_path / "run" / "run" / "checkpoint-3")
+    assert state.flags["batch_size"] == 2 == len(state.processes)
+    assert not torch.equal(*(each["torch_rng"] for each in state.processes))
+
+
+# ---------------------------------------------------------------- how they stop, die and go on
+
+RUN = [*SMALL, *"--dropout 0.1 --dropatt 0.1 --bi_data True --batch_size 8 --rows 16 --train_steps 20".split()]
+RUN += ["--grad_accum_steps", "4", "--save_steps", "5"]  # in the middle of accumulations
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """The folder of a run of 80 steps with two processes."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    assert join(start(2, RUN, folder)) == [0, 0]
+    assert len(losses(folder)) == 80
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_stops_all_after_the_same_step(start, unbroken, tmp_path, signum):
+    """Sent to one process; the run goes on to the bit, dropout, memory and an accumulation of each process included."""
+    folder = tmp_path / "broken"
+    children = start(2, RUN, folder)
+    out = folder / "0.out"
+    while not out.exists() or out.read_text().count("\n") < 8:
+        time.sleep(0.01)
+    os.kill(children[1].pid, signum)
+    assert join(children) == [128 + signum] * 2
+    stopped_after = re.search(r"stopped after step (\d+)", (folder / "0.err").read_text()).group(1)
+    assert 7 <= len(losses(folder)) == int(stopped_after) < 80
+    assert join(start(2, ["--resume"], folder)) == [0, 0]
+    assert losses(folder) == losses(unbroken)
+    assert read_metrics(folder) == read_metrics(unbroken)
+
+
+@pytest.mark.slow
+def test_one_process_killed_ends_the_other_and_the_run_goes_on(start, unbroken, tmp_path):
+    """Within a minute, with one line and status 1; what was saved before is whole."""
+    folder = tmp_path / "broken"
+    children = start(2, RUN, folder)
+    while len(checkpoint.checkpoints(folder / "run")) < 2:
+        time.sleep(0.01)
+    children[1].kill()
+    assert join(children) == [1, -signal.SIGKILL]
+    [line] = (folder / "0.err").read_text().splitlines()
+    assert line.startswith("main.py: another process of the run is gone") and "--resume" in line
+    assert join(start(2, ["--resume"], folder)) == [0, 0]
+    assert read_metrics(folder) == read_metrics(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 4])
+def test_another_number_of_processes_is_refused(unbroken, in_place, capsys, n):
+    """With one line and status 2."""
+    in_place(0, n)
+    with pytest.raises(SystemExit) as end:
+        main.main(["--output_dir", str(unbroken / "run"), "--resume"])
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"--resume: the run had 2 processes and now has {n}; start as many" in line
+
+
+# ---------------------------------------------------------------- mistakes, devices, places
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--batch_size 3", ["--batch_size 3", "2 processes", "try 4"]),
+        ("--batch_size 2 --bi_data True", ["--batch_size 2", "2 processes", "try 4"]),
+        ("--data nowhere.txt", ["--data nowhere.txt"]),
+        ("--rows 300", ["--data", "4015 tokens", "--rows"]),
+    ],
+)
+def test_a_mistake_gets_one_line(in_place, capsys, flags, words):
+    """From the first process of the machine alone, and all have status 2."""
+    for rank in range(2):
+        in_place(rank, 2)
+        with pytest.raises(SystemExit) as end:
+            main.main([*SMALL, *flags.split()])
+        assert end.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 - rank and all(word in line for word in words for line in lines)
+
+
+def test_each_process_needs_a_gpu(in_place, monkeypatch):
+    """Every process says so, not the ones alone that find none: the first is the one that is heard."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in range(2):
+        in_place(rank, 2)
+        for name in ("auto", "cuda"):
+            with pytest.raises(UserError, match=f"--device {name}: 1 CUDA devices are too few for 2 processes"):
+                processes.choose_device(name)
+        assert processes.choose_device("cpu") == torch.device("cpu")
+
+
+def test_each_process_has_its_own_gpu(in_place, monkeypatch):
+    """The one of its place on the machine; without any, auto is the CPU and cuda a mistake."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in range(2):
+        in_place(rank, 2)
+        assert processes.choose_device("auto") == processes.choose_device("cuda") == torch.device("cuda", rank)
+    assert chosen == [torch.device("cuda", rank) for rank in (0, 0, 1, 1)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert processes.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device here"):
+        processes.choose_device("cuda")
+
+
+def test_the_place_of_a_process_is_read_when_asked(in_place, monkeypatch):
+    """Without torchrun there is one process, which sums and gathers its own values."""
+    for name in place_of(0, 1):
+        monkeypatch.delenv(name, raising=False)
+    places = processes.rank, processes.local_rank, processes.world_size, processes.local_world_size
+    assert [place() for place in places] == [0, 0, 1, 1]
+    assert processes.gather("value") == ["value"] and processes.sum_over_processes(torch.tensor(3.0)) == 3
+    in_place(2, 5)
+    assert [place() for place in places] == [2, 2, 5, 5]
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "10")
+    assert [place() for place in places] == [7, 2, 10, 5]
