@@ -25,7 +25,7 @@ import torch
 from support.corpus import Text, Vocabulary
 
 MAX_GRAM = 5  # longest span, in word pieces
-MAX_TURNS, TURN_WINDOWS = 16, 32  # default number of rows: at most so many turns, each row with so many windows
+MAX_TURNS, TURN_WINDOWS = 16, 32  # by default at most 16 turns, and then at least 32 windows in each row
 
 # ---------------------------------------------------------------- rows
 
@@ -261,8 +261,8 @@ def local_perm(
 
     One order of perm_size positions is drawn; every block of that length uses it, and an earlier block comes before a
     later one. Tokens neither masked nor functional (SEP, CLS) are given from the start: their rank is -1. SEP and CLS
-    take part in the order like targets, so only positions after them see what they have gathered; they are never
-    predicted. `ranks_to_mask` says who sees whom.
+    take part in the order like targets, so only positions later in the order see what they have gathered; they are
+    never predicted. `ranks_to_mask` says who sees whom.
 
     is_masked, functional: [part_len] bool; perm_size divides part_len
     -> rank: [part_len] int64, -1 to part_len - 1; is_target: [part_len] bool, masked and not functional
@@ -285,7 +285,7 @@ def ranks_to_mask(rank: np.ndarray, is_target: np.ndarray) -> np.ndarray:
             SEP   0   1   0   0         second: sees sat, and itself
 
     rank: [len] int; is_target: [len] bool -> perm_mask: [len, len] float32
-    Training does not need the matrix: it passes ranks, and xlnet.ranks_to_mask makes the mask on the device.
+    Training does not need the matrix: it passes ranks, and xlnet.order_mask makes the mask on the device.
     Source: the paper, section 2.3; official _local_perm. The content stream sees itself in any case.
     """
     highest_seen = rank - is_target

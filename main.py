@@ -95,7 +95,8 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     distributed = processes.world_size() > 1
     network = DistributedDataParallel(model) if distributed else model
     optimizer = make_optimizer(model, args)
-    first_step, memory = 0, [None] * len(loader.turns)  # memory: of each turn, a list of n_layer [mlen, bsz, d_model]
+    # memory[turn]: what the rows of a turn remember (see Loader), a list of n_layer [mlen, bsz, d_model]
+    first_step, memory = 0, [None] * len(loader.turns)
     if run.state is not None:
         first_step = run.state.step
         memory = checkpoint.restore(run.state, loader.members, model, optimizer, device)
@@ -115,8 +116,8 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
 
             batch, turn = next(batches), loader.turn(step)
             target, target_mask = batch.pop("target"), batch.pop("target_mask")
-            keeps_gradients = distributed and not is_update  # processes exchange gradients once an update
-            with network.no_sync() if keeps_gradients else contextlib.nullcontext():
+            holds_back = distributed and not is_update  # processes exchange gradients once an update
+            with network.no_sync() if holds_back else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     logits, memory[turn] = network(**batch, mems=memory[turn])
                 loss = prediction_loss(logits, target, target_mask)
@@ -141,9 +142,9 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             is_last = done == run.last_step
             evaluates = run.valid_loader is not None and (is_last or done % eval_steps == 0)
             saves = is_last or done % save_steps == 0
-            stop_signal = received_signal()  # a signal after this line stops the next step
+            stop_signal = received_signal()  # a signal after this line stops the run after the next step
 
-            # On a GPU the previous step is reported, with wait=True this one too.
+            # On a GPU the report is one step late, unless it has to wait for this step.
             for numbers in reporter.end_step(metrics, wait=evaluates or saves or stop_signal > 0):
                 stop_if_not_finite(numbers, loader.pass_len)
             if evaluates:

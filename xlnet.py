@@ -59,10 +59,10 @@ def relative_positional_encoding(
 ) -> Tensor:
     """Return sinusoids of every distance between a query and a key: query position minus key position.
 
-    Entry r stands for distance klen - r. Distances run from klen, one beyond the oldest memory, down to 1 - qlen, from
-    the first token to the last; with attn_type "uni", which only looks back, down to 0. With bi_data the second half
-    of the batch is read backwards and its distances change sign: a distance means the same direction in the text in
-    both halves.
+    Entry r stands for distance klen - r. Distances run from klen, one more than any pair needs, down to 1 - qlen: the
+    first token looks at the last. With attn_type "uni", which only looks back, they end at 0. With bi_data the second
+    half of the batch is read backwards and its distances change sign: a distance means the same direction in the text
+    in both halves.
 
     clamp_len: distances are clipped to +-clamp_len; <= 0 = not clipped
     -> [rlen, bsz, d_model]; rlen is klen + qlen with attn_type "bi", klen + 1 with "uni"
@@ -82,9 +82,9 @@ def relative_positional_encoding(
 def rel_shift(x: Tensor, klen: int) -> Tensor:
     """Re-index position scores from distance to key, without copying.
 
-    Query i and key j lie klen - (qlen - i + j) apart. Line i of the result is therefore line i of x, from entry
-    qlen - i on. In memory that is the same data, read from entry qlen on with lines one entry shorter. With qlen 3,
-    klen 4 and each entry written as its index r:
+    Query i and key j lie klen - (qlen - i + j) apart, so line i of the result is x[i, qlen - i:]. The storage holds the
+    same numbers, read from entry qlen on with lines one entry shorter. With qlen 3, klen 4 and each entry written as
+    its index r:
 
         i = 0   0 1 2 3 4 5 6                 3 4 5 6
         i = 1   0 1 2 3 4 5 6        ->       2 3 4 5
@@ -120,8 +120,8 @@ class RelShift(torch.autograd.Function):
 # ---------------------------------------------------------------- who may see whom
 
 
-def ranks_to_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
-    """Return the mask that an order means: nobody sees a later position, and a target does not see its own token.
+def order_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
+    """Return the mask that ranks mean: no position sees a higher rank, and a target does not see its own token.
 
     rank: [len, bsz] int, the place of each position in the order; inp_q: [len, bsz], 1 = target; None: no targets
     -> [bsz, len (query), len (key)] bool, True = must not see
@@ -200,7 +200,7 @@ def content_blocks(blocked: Tensor, first_part: int, dtype: torch.dtype) -> list
     first_part: this many positions, at the beginning, never see any of the others; 0 = unknown
     """
     qlen, klen = blocked.shape[1:]
-    blocked = blocked.clone()  # the query stream keeps the diagonal
+    blocked = blocked.clone()  # the query stream needs the mask in which targets do not see themselves
     blocked.diagonal(klen - qlen, dim1=1, dim2=2).fill_(False)
     if not 0 < first_part < qlen:
         return [content_block(blocked, 0, qlen, dtype)]
@@ -227,9 +227,9 @@ def slot_block(blocked: Tensor, positions: Tensor, rlen: int, dtype: torch.dtype
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     """Do the same as F.dropout, several times faster on a CPU, where F.dropout draws one Bernoulli variable at a time.
 
-    Eight random bits decide on each value: below 256 * rate, it is dropped. If 256 * rate is not a whole number, every
-    line of x draws whether to round it up or down, so that a value is dropped with a chance of exactly `rate`. Very
-    close to rate 1 the threshold might not fit into eight bits.
+    Each value draws a random byte and is dropped if the byte is below 256 * rate. If 256 * rate is not a whole number,
+    every line of x draws whether to round it up or down, so that a value is dropped with a chance of exactly `rate`.
+    Very close to rate 1 the threshold might not fit into a byte.
 
     x: [..., width], float; rate: in [0, 1)
     """
@@ -643,7 +643,7 @@ class XLNet(nn.Module):
         if perm_mask is not None:
             in_window |= perm_mask.permute(2, 0, 1) > 0
         if rank is not None:
-            in_window |= ranks_to_mask(rank, inp_q)
+            in_window |= order_mask(rank, inp_q)
         if input_mask is not None:
             in_window |= input_mask.t()[:, None] > 0
         return blocked

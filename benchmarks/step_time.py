@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
 from support import corpus
-from xlnet import XLNet, prediction_loss
+from xlnet import XLNet, order_mask, prediction_loss
 
 MODELS = ("ours", "transformers")
 SHAPES = {
@@ -97,14 +97,13 @@ def inputs_for(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the same window in the layout and under the names of either model."""
     if name == "ours":
         return {key: value for key, value in batch.items() if key not in ("target", "target_mask")}
-    rank, is_target, positions = batch["rank"].t(), batch["inp_q"].t(), batch["target_mapping"].t()
-    one_hot = F.one_hot(positions.clamp(min=0), rank.size(1)) * (positions >= 0)[:, :, None]
-    must_not_see = rank[:, None] > (rank - is_target)[:, :, None]  # as data_utils.ranks_to_mask
+    positions = batch["target_mapping"].t()  # [bsz, num_predict]
+    one_hot = F.one_hot(positions.clamp(min=0), batch["inp_k"].size(0)) * (positions >= 0)[:, :, None]
     return {
         "input_ids": batch["inp_k"].t(),
         "token_type_ids": batch["seg_id"].t(),
         "target_mapping": one_hot.float(),
-        "perm_mask": must_not_see.float(),
+        "perm_mask": order_mask(batch["rank"], batch["inp_q"]).float(),
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from support import UserError
 from support.corpus import TOKENIZERS
 
-# On --resume. Text and vocabulary are compared by content. What the optimizer keeps in its state may not be here.
+# Flags that may differ from those of the checkpoint. Text and vocabulary are compared by content. A flag that AdamW
+# keeps in its state must not be here: loading the state would undo a new value.
 MAY_CHANGE = {
     "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
     "output_dir", "resume", "tensorboard", "cache_dir",
@@ -410,7 +411,7 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         type=NATURAL,
         metavar="N",
         default=0,
-        help="updates over which the learning rate rises from 0, 0 = off (default: %(default)s)",
+        help="updates over which the learning rate rises to its peak, 0 = off (default: %(default)s)",
     )
     group.add_argument(
         "--decay_method",

@@ -93,8 +93,8 @@ def gather(value: object) -> list | None:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the first SIGINT or SIGTERM that any process has received, 0 before.
 
-    A second signal kills the process. With torchrun it does not: torchrun passes on what a terminal sends to all
-    anyway, and kills by itself after a while.
+    A second signal kills the process. Under torchrun it is ignored: torchrun forwards the Ctrl-C that the terminal has
+    already sent to all processes, and kills those that do not end.
     """
     signums = (signal.SIGINT, signal.SIGTERM)
     received = []

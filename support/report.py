@@ -45,12 +45,12 @@ class Reporter:
         silent: bool = False,
     ):
         self.pass_len, self.tokens_per_step, self.silent = pass_len, tokens_per_step, silent
-        self.lag = 1 if device.type == "cuda" else 0  # steps that may wait for their numbers
+        self.lag = 1 if device.type == "cuda" else 0  # how many steps a report may be late
         self.began = time.perf_counter()  # of the step
         self.waiting: list[tuple[dict[str, Any], torch.cuda.Event | None]] = []
         self.pass_loss = pass_loss  # sum of the losses of this pass
         self.last: dict[str, Any] = {}  # metrics of the last step reported
-        self.row: dict[str, Any] | None = None  # the same, until it is written to metrics.csv
+        self.row: dict[str, Any] | None = None  # the row that metrics.csv still lacks: the same dict
         self.output_dir = None if silent else output_dir
         self.file = self.events = None
         if self.output_dir and tensorboard:
