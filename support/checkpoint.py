@@ -137,7 +137,9 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(steps, key=steps.get, reverse=True)
 
 
-def save(output_dir: str | Path, state: TrainingState, model, tokenizer, config: dict[str, Any], limit: int) -> None:
+def save(
+    output_dir: str | Path, state: TrainingState, model: Any, tokenizer: Any, config: dict[str, Any], limit: int
+) -> None:
     """Write checkpoint-<step>, then delete the oldest ones beyond `limit` (0 = keep all).
 
     The folder has a temporary name until it is whole and on the disk.
