@@ -3,6 +3,7 @@
 The way of a text, in reading order:
 
     load_tokenizer      name or path   -> a WordPiece or a SentencePiece: text -> pieces -> ids
+    tokenizer_json      SentencePiece  -> the same tokenizer for transformers, in a checkpoint
     vocabulary          tokenizer      -> a Vocabulary: special ids, which pieces start a word, a digest
     load_text           a flag's files -> a Text, or a UserError
     read_text           files          -> a Text: ids and sentence starts, from the cache if they are there
@@ -16,24 +17,30 @@ The way of a text, in reading order:
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import string
 import tempfile
+import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import joblib
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pytorch_pretrained_bert import BertTokenizer
 from tqdm import tqdm
 
 from support import UserError, warn
+from support.tokenizer_json import tokenizer_json
 
 VOCAB_DIR = Path(__file__).resolve().parent.parent / "vocab"
 TOKENIZERS = {  # the large models were published with the vocabulary of the base models
@@ -44,6 +51,7 @@ TOKENIZERS = {  # the large models were published with the vocabulary of the bas
 }
 CHUNK = 2**20  # characters read and encoded together
 WORDS = 2**16  # distinct words whose ids a worker process remembers
+LONG_LINES = 10_000  # mean characters of a line; with more, a text can hardly have a sentence on each line
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -99,11 +107,17 @@ class Tokenizer:
         """Return the ids of a text."""
         return self.convert_tokens_to_ids(self.tokenize(text))
 
+    def warn_of_surprises(self) -> None:
+        """Warn if the tokenizer does something that its user may not expect."""
+
     def save(self, directory: str | Path) -> None:
         """Write the vocabulary and tokenizer_config.json; transformers' AutoTokenizer then gives the same ids."""
         shutil.copyfile(self.vocab_file, Path(directory) / self.saved_name)
-        config = json.dumps(self.config, indent=2) + "\n"
-        (Path(directory) / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        write_json(Path(directory) / "tokenizer_config.json", self.saved_config())
+
+    def saved_config(self) -> dict:
+        """Return what a checkpoint's tokenizer_config.json says."""
+        return self.config
 
 
 class WordPiece(BertTokenizer, Tokenizer):
@@ -111,7 +125,7 @@ class WordPiece(BertTokenizer, Tokenizer):
 
     A vocabulary with a capital letter in any piece is cased: its text keeps its case.
 
-    Raises ValueError if the file is not UTF-8.
+    Raises ValueError if the file is not UTF-8, or begins with a byte-order mark.
     """
 
     special = SpecialPieces(sep="[SEP]", cls="[CLS]", unk="[UNK]", pad="[PAD]", bos="[CLS]", eos="[SEP]")
@@ -122,14 +136,25 @@ class WordPiece(BertTokenizer, Tokenizer):
 
     def __init__(self, vocab_file: Path):
         try:
-            pieces = vocab_file.read_text(encoding="utf-8").split()
+            content = vocab_file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError("not a vocabulary; give a UTF-8 text file with one word piece a line") from None
+        if content.startswith("\ufeff"):  # it would be a part of the first piece
+            raise ValueError(f"{vocab_file} begins with a byte-order mark; save it as UTF-8 without one")
+        pieces = content.split()
         ordinary = (piece for piece in pieces if piece[0] not in "[<")  # [SEP] and its kin say nothing about case
         cased = any(piece != piece.lower() for piece in ordinary)
         super().__init__(str(vocab_file), do_lower_case=not cased)
         self.vocab_file = vocab_file
         self.config = {"tokenizer_class": "BertTokenizer", "do_lower_case": not cased}
+
+    def saved_config(self) -> dict:
+        """Return what a checkpoint's tokenizer_config.json says.
+
+        transformers gives a missing [PAD] or [MASK] an id that the model lacks, unless it is told that there is none.
+        """
+        tokens = {"pad_token": "[PAD]", "mask_token": "[MASK]"}
+        return self.config | {name: None for name, piece in tokens.items() if piece not in self.vocab}
 
     @staticmethod
     def is_word_start(piece: str) -> bool:
@@ -151,6 +176,7 @@ class SentencePiece(Tokenizer):
     splits_at_spaces = False
     cls_is_first = False
     remedy = "train it with them, see the README"
+    fast_class = "PreTrainedTokenizerFast"  # transformers' class that does what tokenizer.json says
 
     def __init__(self, vocab_file: Path):
         try:
@@ -165,9 +191,9 @@ class SentencePiece(Tokenizer):
         self.vocab_file = vocab_file
         self.config = {"tokenizer_class": "XLNetTokenizer", "do_lower_case": False, "keep_accents": False}
         config_file = vocab_file.with_name("tokenizer_config.json")
-        if config_file.is_file():
-            given = json.loads(config_file.read_text(encoding="utf-8"))
-            self.config |= {name: given[name] for name in ("do_lower_case", "keep_accents") if name in given}
+        given = read_json_object(config_file) if config_file.is_file() else {}
+        self.config |= {name: given[name] for name in ("do_lower_case", "keep_accents") if name in given}
+        self.given_config = given  # as the file beside the model has it
 
     def tokenize(self, text: str) -> list[str]:
         """Return the pieces of a text; a comma after digits is a piece of its own."""
@@ -193,6 +219,70 @@ class SentencePiece(Tokenizer):
             number[0] = number[0].removeprefix("▁")
         return [part for part in number if part] + [","]
 
+    def save(self, directory: str | Path) -> None:
+        """Write the model, tokenizer_config.json, and the tokenizer.json from which transformers' AutoTokenizer reads.
+
+        A released tokenizer.json beside the model is copied and keeps its tokenizer class.
+        """
+        super().save(directory)
+        if self.released_tokenizer_json is not None:
+            shutil.copyfile(self.released_tokenizer_json, Path(directory) / "tokenizer.json")
+        elif self.tokenizer_json is not None:
+            write_json(Path(directory) / "tokenizer.json", self.tokenizer_json)
+
+    def saved_config(self) -> dict:
+        """Return what a checkpoint's tokenizer_config.json says.
+
+        transformers' class for XLNet ignores keep_accents and splits a text at more pieces than the special ones, so
+        it is named only where there is no tokenizer.json of ours.
+        """
+        if self.released_tokenizer_json is not None:
+            return self.config | self.given_config
+        if self.tokenizer_json is None:
+            return self.config
+        names = ["bos", "eos", "unk", "sep", "cls", "pad"]
+        tokens = {f"{name}_token": getattr(self.special, name) for name in names} | {"mask_token": "<mask>"}
+        known = {name: piece for name, piece in tokens.items() if piece in self.vocab}
+        how = {
+            "tokenizer_class": self.fast_class,
+            "padding_side": "left",
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        }
+        return self.config | how | known
+
+    @property
+    def released_tokenizer_json(self) -> Path | None:
+        """The tokenizer.json that somebody else wrote for the model, or None.
+
+        One of ours is written again, because its tokenizer_config.json may have been edited since.
+        """
+        path = self.vocab_file.with_name("tokenizer.json")
+        is_of_this_model = self.vocab_file.name == self.saved_name
+        is_ours = self.given_config.get("tokenizer_class") == self.fast_class
+        return path if path.is_file() and is_of_this_model and not is_ours else None
+
+    @functools.cached_property
+    def tokenizer_json(self) -> dict | None:
+        """The content of tokenizer.json, or None if it cannot express the model."""
+        return tokenizer_json(self.vocab_file.read_bytes(), self.config, self.special.sep, self.special.cls)
+
+    def warn_of_surprises(self) -> None:
+        """Warn of pieces with accents if nobody has decided about accents, and of a model that transformers lacks."""
+        if self.tokenizer_json is None:
+            warn(
+                f"--tokenizer {self.vocab_file} is no unigram model with the usual spaces; transformers' AutoTokenizer "
+                f"may give other ids than training"
+            )
+        if "keep_accents" in self.given_config:
+            return
+        lost = [piece for piece in self.vocab if any(map(unicodedata.combining, unicodedata.normalize("NFKD", piece)))]
+        if lost:
+            warn(
+                f"--tokenizer {self.vocab_file}: {len(lost):,} of its {len(self.vocab):,} pieces, such as {lost[0]}, "
+                f'have accents, which are stripped from the text; write {{"keep_accents": true}}, or false, into a '
+                f"tokenizer_config.json beside it"
+            )
+
     def convert_tokens_to_ids(self, pieces: Sequence[str]) -> list[int]:
         """Return the id of each piece."""
         return [self.processor.piece_to_id(piece) for piece in pieces]
@@ -208,6 +298,9 @@ class SentencePiece(Tokenizer):
         Source: official _is_start_piece, whose list of punctuation marks lacks ', = and >.
         """
         return piece.startswith(("▁", "<")) or (len(piece) == 1 and piece in string.punctuation)
+
+
+# ---------------------------------------------------------------- finding a vocabulary
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -263,7 +356,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Return the Vocabulary of a tokenizer.
+    """Return the Vocabulary of a tokenizer; warn of what its user may not expect of it.
 
     Raises ValueError if it lacks a separator, a class mark or a piece for unknown text.
     """
@@ -275,6 +368,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     word_start = np.zeros(size, dtype=bool)
     for piece, i in ids.items():
         word_start[i] = tokenizer.is_word_start(piece)
+    tokenizer.warn_of_surprises()
     content = json.dumps(tokenizer.config) + _sha256(tokenizer.vocab_file)
     return Vocabulary(
         size=size,
@@ -338,32 +432,61 @@ def read_text(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabula
     vocab.eod_id, a sentence of its own, or nothing if that is None.
 
     The cache has a folder for each text, named by the content of its files and of the vocabulary. A folder is complete
-    before it has this name. While one process writes it, others that need it wait.
+    before it has this name, and the bytes that were tokenized are those that the name is made of. While one process
+    writes it, others that need it wait.
 
-    Raises OSError if a file cannot be read or cache_dir cannot be written, ValueError if a file is not UTF-8 or holds
-    no text.
+    Raises OSError if a file cannot be read or cache_dir cannot be written, ValueError if a file is not UTF-8, holds no
+    text, is a pipe, or changes while it is read.
     """
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_sha256, paths))
+        digests = list(pool.map(text_digest, paths))
     name = hashlib.sha256("\n".join([vocab.digest, *digests]).encode()).hexdigest()[:32]
     folder = Path(cache_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(Path(f"{folder}.lock")):
         text = open_text(folder)
         if text is None:
-            fill_cache(paths, tokenizer, vocab, folder)
+            fill_cache(paths, digests, tokenizer, vocab, folder)
             text = open_text(folder)
     return text
 
 
-def fill_cache(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path) -> None:
-    """Tokenize files into a folder that gets its name when it is complete."""
+def text_digest(path: str | Path) -> str:
+    """Return the sha256 of a text file; raise ValueError if it is a pipe or a device."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
+        raise ValueError(f"{path} is a pipe or a device, and a text is read twice; write it into a file")
+    return _sha256(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock; say so if another process has it for more than a second."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        warn(f"waiting for another process that tokenizes the same text; it holds {path}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fill_cache(
+    paths: Sequence[str | Path], digests: Sequence[str], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path
+) -> None:
+    """Tokenize files into a folder that gets its name when it is complete.
+
+    digests: of the files, as the folder's name has them
+    """
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     shutil.rmtree(folder, ignore_errors=True)  # damaged
     temporary.mkdir()
     try:
-        tokenize(paths, tokenizer, vocab, temporary)
+        tokenize(paths, digests, tokenizer, vocab, temporary)
     except BaseException:  # Ctrl-C too
         shutil.rmtree(temporary)
         raise
@@ -371,34 +494,46 @@ def fill_cache(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabul
 
 
 def open_text(folder: Path) -> Text | None:
-    """Return the Text that `tokenize` wrote into a folder, or None if the folder is missing or damaged."""
+    """Return the Text that `tokenize` wrote into a folder, or None if the folder is missing or damaged.
+
+    Lengths and checksums must be those of about.json; a cache of an earlier version has no checksums.
+    """
     try:
         summary = json.loads((folder / "about.json").read_text())
         ids = np.memmap(folder / "ids", summary["dtype"], mode="r")
         sentence_starts = np.memmap(folder / "begins", np.int64, mode="r")
         if len(ids) != sum(summary["counts"]) or len(sentence_starts) != summary["sentences"]:
             return None
+        if any(_sha256(folder / name) != digest for name, digest in summary.get("sha256", {}).items()):
+            return None
     except (OSError, ValueError, KeyError):
         return None
     return Text(np.asarray(ids), np.asarray(sentence_starts[1:]), np.array(summary["counts"]), folder.name)
 
 
-def tokenize(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path) -> None:
+def tokenize(
+    paths: Sequence[str | Path], digests: Sequence[str], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path
+) -> None:
     """Tokenize files, on all cores, into a folder.
 
     Writes ids ([n_tokens], uint16 or int32), begins ([n_sentences] int64, where each sentence begins) and about.json:
-    the type of the ids, the number of sentences, and how often each id occurs.
+    the type of the ids, the number of sentences, how often each id occurs, and the checksums of the two files.
+
+    digests: of the files; they must still have them
+    Raises ValueError if a file is not a text or a worker process was killed.
     """
     dtype = np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
     n_bytes = sum(os.path.getsize(path) for path in paths)
     n_workers = min(joblib.cpu_count(), 1 + n_bytes // CHUNK)
     progress = tqdm(desc="tokenizing", total=n_bytes, unit="B", unit_scale=True, delay=1, leave=False, disable=None)
 
-    parallel = joblib.Parallel(n_workers, return_as="generator", idle_worker_timeout=5)
+    parallel = joblib.Parallel(
+        n_workers, return_as="generator", idle_worker_timeout=5, initializer=end_with, initargs=(os.getpid(),)
+    )
     encode = joblib.delayed(encode_chunk)
     encoded_chunks = parallel(
         encode(chunk, continues_line, tokenizer.vocab_file, vocab.digest, vocab.eod_id)
-        for chunk, continues_line in read_chunks(paths, progress)
+        for chunk, continues_line in read_chunks(paths, digests, progress)
     )
 
     counts = np.zeros(vocab.size, dtype=np.int64)
@@ -409,45 +544,73 @@ def tokenize(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabular
         progress,
         contextlib.closing(encoded_chunks),
     ):
-        for ids, sentence_starts in encoded_chunks:
-            n_tokens_before = counts.sum()
-            ids_file.write(ids.astype(dtype))
-            begins_file.write(n_tokens_before + sentence_starts)
-            counts += np.bincount(ids, minlength=vocab.size)
-            n_sentences += len(sentence_starts)
+        try:
+            for ids, sentence_starts in encoded_chunks:
+                n_tokens_before = counts.sum()
+                ids_file.write(ids.astype(dtype))
+                begins_file.write(n_tokens_before + sentence_starts)
+                counts += np.bincount(ids, minlength=vocab.size)
+                n_sentences += len(sentence_starts)
+        except BrokenProcessPool:
+            raise ValueError(
+                f"{paths[0]}: one of {n_workers} processes that tokenize was killed, perhaps for want of memory; "
+                f"set LOKY_MAX_CPU_COUNT=1 for one process"
+            ) from None
         for file in (ids_file, begins_file):
             file.flush()
             os.fsync(file.fileno())
-    summary = {"dtype": dtype.name, "sentences": n_sentences, "counts": counts.tolist()}
+    checksums = {name: _sha256(folder / name) for name in ("ids", "begins")}
+    summary = {"dtype": dtype.name, "sentences": n_sentences, "counts": counts.tolist(), "sha256": checksums}
     (folder / "about.json").write_text(json.dumps(summary))
 
 
 # ---------------------------------------------------------------- from files to chunks
 
 
-def read_chunks(paths: Sequence[str | Path], progress: tqdm) -> Iterator[tuple[str, bool]]:
+class HashingFile(io.FileIO):
+    """A file, opened for reading, that has the sha256 of the bytes that were read."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.sha256 = hashlib.sha256()
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read into a buffer and return the number of bytes, 0 at the end."""
+        n_bytes = super().readinto(buffer)
+        self.sha256.update(buffer[:n_bytes])
+        return n_bytes
+
+
+def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: tqdm) -> Iterator[tuple[str, bool]]:
     """Yield the text of files in chunks, each with whether its first line continues a line of the chunk before.
 
     Between two files there is a blank line.
 
+    digests: sha256 of each file
     progress: a bar that counts bytes
-    Raises ValueError if a file is not UTF-8, or has no letter, digit or punctuation mark.
+    Raises ValueError if a file is not UTF-8, has no letter, digit or punctuation mark, or has another digest now.
     """
-    for i, path in enumerate(paths):
-        yield from read_chunks_of_file(path, "" if i == 0 else "\n", progress)
+    for i, (path, digest) in enumerate(zip(paths, digests, strict=True)):
+        yield from read_chunks_of_file(path, digest, "" if i == 0 else "\n", progress)
 
 
-def read_chunks_of_file(path: str | Path, prefix: str, progress: tqdm) -> Iterator[tuple[str, bool]]:
+def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tqdm) -> Iterator[tuple[str, bool]]:
     """Yield a prefix and the text of one file in chunks, as `read_chunks` does.
 
-    A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit.
+    A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit. A line ends at a line
+    feed and nowhere else: other marks, such as a carriage return alone, a form feed or U+2028, are blanks. A warning
+    tells of a file whose lines are very long.
     """
     text = prefix  # read, and not yet yielded
     at_end = continues_line = holds_text = False
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    n_characters = n_line_ends = 0
+    with HashingFile(path) as raw:
+        file = io.TextIOWrapper(io.BufferedReader(raw, CHUNK), encoding="utf-8-sig", newline="\n")
         while not at_end:
-            new = read_characters(file)
+            new = read_characters(file, max(CHUNK, len(text)))  # twice as many each time while no chunk can end
             at_end = new == ""
+            n_characters += len(new)
+            n_line_ends += new.count("\n")
             text += new
             end = len(text) if at_end else chunk_end(text)
             chunk, text = text[:end], text[end:]
@@ -456,8 +619,20 @@ def read_chunks_of_file(path: str | Path, prefix: str, progress: tqdm) -> Iterat
                 continues_line = not chunk.endswith("\n")
                 holds_text = holds_text or any(c.isalnum() or c in string.punctuation for c in chunk)
             progress.update(len(new.encode()))
+        if raw.sha256.hexdigest() != digest:
+            raise ValueError(changed(path))
     if not holds_text:
         raise ValueError(f"{path} holds no text; give one with a sentence on each line")
+    if n_characters > LONG_LINES * (n_line_ends + 1):
+        warn(
+            f"{path} has {n_line_ends:,} line ends in {n_characters:,} characters, and a line is a sentence; end each "
+            f"sentence with a line feed"
+        )
+
+
+def changed(path: str | Path) -> str:
+    """Return the message about a file that two readings find different."""
+    return f"{path} changed while it was read; start again when it is complete"
 
 
 def chunk_end(text: str) -> int:
@@ -471,22 +646,36 @@ def chunk_end(text: str) -> int:
     return text.rfind(" ", first_word) + 1
 
 
-def read_characters(file: TextIO) -> str:
-    """Return the next CHUNK characters of a file, "" at its end; raise ValueError if they are not UTF-8."""
+def read_characters(file: TextIO, n: int) -> str:
+    """Return the next n characters of a file, "" at its end; raise ValueError if they are not UTF-8."""
     try:
-        return file.read(CHUNK)
+        return file.read(n)
     except UnicodeDecodeError as error:
-        line = first_line_not_utf8(file.name)
-        raise ValueError(f"{file.name}, line {line} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
+        path = file.buffer.raw.name
+        line = first_line_not_utf8(path)
+        if line is None:
+            raise ValueError(changed(path)) from None
+        raise ValueError(f"{path}, line {line} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
 
 
-def first_line_not_utf8(path: str | Path) -> int:
-    """Return the number of the first line that is not UTF-8, counted from 1."""
+def first_line_not_utf8(path: str | Path) -> int | None:
+    """Return the number of the first line that is not UTF-8, counted from 1, or None."""
     with open(path, "rb") as lines:
-        return next(n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+        return next((n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line), None)
 
 
 # ---------------------------------------------------------------- from chunks to ids, in a worker process
+
+
+def end_with(parent: int) -> None:
+    """Let this worker process end soon after its parent, which may be killed without a chance to end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode_chunk(
@@ -527,6 +716,25 @@ def encoder(vocab_file: Path, digest: str) -> Callable[[str], list[int]]:
         return [i for word in line.split(" ") for i in encode_word(word)]
 
     return encode_line
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json_object(path: Path) -> dict:
+    """Return the object in a JSON file; raise ValueError, with the file's name, if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; mend it or take it away")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(path: str | Path) -> str:

@@ -6,11 +6,14 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 
 import joblib
 import numpy as np
+import psutil
 import pytest
+from filelock import FileLock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +86,13 @@ def test_a_vocabulary_without_special_pieces_is_refused(tmp_path, present, words
     (tmp_path / "vocab.txt").write_text("\n".join([*present.split(), "the"]))
     with pytest.raises(ValueError, match=f"has {words}"):
         corpus.vocabulary(corpus.load_tokenizer(tmp_path))
+
+
+def test_a_vocabulary_with_a_byte_order_mark_is_refused(tmp_path):
+    """The mark would be a part of the first piece, which then nothing finds; one line names file and remedy."""
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe")
+    with pytest.raises(ValueError, match=f"{tmp_path}/vocab.txt begins with a byte-order mark; save it"):
+        corpus.load_tokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------- from files to ids
@@ -179,13 +189,40 @@ def test_ids_are_small_and_stay_on_the_disk(tmp_path, files):
 
 def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
     """A chunk of a text without a newline is never longer than CHUNK and one word, and is cut behind a space."""
-    (tmp_path / "text.txt").write_text("a line of many words " * 500)
+    path = tmp_path / "text.txt"
+    path.write_text("a line of many words " * 500)
     monkeypatch.setattr(corpus, "CHUNK", 100)
     with corpus.tqdm(disable=True) as progress:
-        chunks = list(corpus.read_chunks([tmp_path / "text.txt"], progress))
-    assert "".join(chunk for chunk, _ in chunks) == (tmp_path / "text.txt").read_text()
+        chunks = list(corpus.read_chunks([path], [corpus._sha256(path)], progress))
+    assert "".join(chunk for chunk, _ in chunks) == path.read_text()
     assert all(len(chunk) <= 100 + len("words ") and chunk.endswith(" ") for chunk, _ in chunks)
     assert [continues_line for _, continues_line in chunks] == [False] + [True] * (len(chunks) - 1)
+
+
+def test_a_word_without_end_is_read_in_few_steps(tmp_path, monkeypatch):
+    """Reading a text without a space takes linear time: each step reads as much as all steps before it."""
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 100_000)
+    monkeypatch.setattr(corpus, "CHUNK", 10)
+    read_characters, sizes = corpus.read_characters, []
+    monkeypatch.setattr(corpus, "read_characters", lambda file, n: sizes.append(n) or read_characters(file, n))
+    with corpus.tqdm(disable=True) as progress:
+        [chunk] = corpus.read_chunks([path], [corpus._sha256(path)], progress)
+    assert chunk == ("x" * 100_000, False) and len(sizes) < 20
+
+
+@pytest.mark.parametrize(
+    "end, n_sentences, warned",
+    [("\n", 2000, False), ("\r\n", 2000, False), ("\r", 1, True), ("\u2028", 1, True), ("\f", 1, True), (" ", 1, True)],
+)
+def test_only_a_line_feed_ends_a_line(tmp_path, capsys, end, n_sentences, warned):
+    """Other marks are blanks; a file that is one gigantic sentence gives one line with its name."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(("the cat sat" + end).encode() * 2000)
+    text = read([path], tmp_path / "cache")
+    assert (len(text.ids), len(text.cuts) + 1) == (6000, n_sentences)
+    err = capsys.readouterr().err
+    assert err.count("\n") == warned and (f"{path} has 0 line ends" in err) == warned
 
 
 @pytest.mark.slow
@@ -218,6 +255,96 @@ def test_unreadable_text_is_named(tmp_path, files, monkeypatch, content, words, 
         with pytest.raises(ValueError, match=words):
             corpus.read_text(list(map(str, order)), TOKENIZER, VOCAB._replace(eod_id=eod_id), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("chunk", [10, 1000, 2**20])
+@pytest.mark.parametrize("change", ["truncated", "grown", "other", "not UTF-8", "emptied"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, files, monkeypatch, chunk, change):
+    """A cache is named by the bytes that were tokenized: any other bytes give one line, and nothing is kept."""
+    content = files[1].read_bytes()
+    cases = {"truncated": content[:-3], "grown": content + b"more\n", "other": content[:-3] + b"abc", "emptied": b""}
+    text_digest = corpus.text_digest
+
+    def change_after_digest(path):
+        digest = text_digest(path)
+        files[1].write_bytes(cases.get(change, content[:-3] + b"\xff\n"))
+        return digest
+
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
+    monkeypatch.setattr(corpus, "text_digest", change_after_digest)
+    words = "is not UTF-8" if change == "not UTF-8" else "changed while it was read; start again"
+    with pytest.raises(UserError, match=f"--data {files[1]}.* {words}"):
+        corpus.load_text("data", [str(files[1])], str(tmp_path / "cache"), TOKENIZER, VOCAB)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_a_file_that_is_completed_while_it_is_read(tmp_path, monkeypatch):
+    """A character that was cut in two and is whole when its line is looked for is a change, too."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("the café".encode()[:-1])
+    first_line_not_utf8 = corpus.first_line_not_utf8
+
+    def complete_and_look(name):
+        path.write_text("the café")
+        return first_line_not_utf8(name)
+
+    monkeypatch.setattr(corpus, "first_line_not_utf8", complete_and_look)
+    with pytest.raises(ValueError, match="text.txt changed while it was read"):
+        read([path], tmp_path / "cache")
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """A pipe can be read once only, and its name would be that of a text that is gone; nobody waits for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/null"):
+        with pytest.raises(UserError, match=f"--data {path} is a pipe or a device.* write it into a file"):
+            corpus.load_text("data", [path], str(tmp_path / "cache"), TOKENIZER, VOCAB)
+
+
+def kill_this_process(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(tmp_path, files, monkeypatch):
+    """A worker process that the system kills, as it does when memory is short, gives one line with the remedy."""
+    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(corpus, "encode_chunk", kill_this_process)
+    with pytest.raises(UserError, match="^--data .* was killed, perhaps for want of memory; set LOKY_MAX_CPU_COUNT=1"):
+        corpus.load_text("data", list(map(str, files)), str(tmp_path / "cache"), TOKENIZER, VOCAB)
+
+
+def tokenize_for_ever(files, folder):
+    """Tokenize in two processes, each of which tells its id and then hangs."""
+    corpus.CHUNK = 1000
+    joblib.cpu_count = lambda: 2
+
+    def hang(*args):
+        (folder / str(os.getpid())).touch()
+        time.sleep(600)
+
+    corpus.encode_chunk = hang
+    read(files, folder / "cache")
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path, files):
+    """If a program is killed, which leaves it no time for anything, the processes that tokenize for it end soon."""
+    process = multiprocessing.get_context("forkserver").Process(target=tokenize_for_ever, args=(files, tmp_path))
+    process.start()
+    workers = []
+    while len(workers) < 2:
+        time.sleep(0.1)
+        assert process.is_alive()
+        workers = [psutil.Process(int(path.name)) for path in tmp_path.iterdir() if path.name.isdecimal()]
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 20
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- the cache
@@ -266,9 +393,14 @@ def test_caches_of_earlier_versions_stay_valid(tmp_path):
     folder = tmp_path / "cache" / text.digest
     assert sorted(path.name for path in folder.iterdir()) == ["about.json", "begins", "ids"]
 
+    summary = json.loads((folder / "about.json").read_text())
+    del summary["sha256"]  # earlier versions had no checksums
+    (folder / "about.json").write_text(json.dumps(summary))
+    assert corpus.open_text(folder).ids.tolist() == text.ids.tolist()
+
 
 @pytest.mark.parametrize("name", ["ids", "begins", "about.json"])
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "missing", "longer"])
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "missing", "longer", "changed"])
 def test_a_damaged_cache_is_made_anew(tmp_path, files, name, harm):
     """Whichever file is damaged, the text is right and the file is as it was."""
     read(files, tmp_path / "cache")
@@ -276,9 +408,26 @@ def test_a_damaged_cache_is_made_anew(tmp_path, files, name, harm):
     content = path.read_bytes()
     path.unlink()
     if harm != "missing":
-        path.write_bytes({"truncated": content[:-8], "emptied": b"", "longer": content + b"12345678"}[harm])
+        changed = content[:-8] + bytes(byte ^ 1 for byte in content[-8:])
+        longer = content + b"12345678"
+        path.write_bytes({"truncated": content[:-8], "emptied": b"", "longer": longer, "changed": changed}[harm])
     assert_same(read(files, tmp_path / "cache"), *plainly(files))
     assert path.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_who_waits_says_so(tmp_path, files, capsys):
+    """While another process holds the lock of a text, one line says so; the text is then read."""
+    digest = read(files, tmp_path / "cache").digest
+    lock = FileLock(tmp_path / "cache" / f"{digest}.lock")
+    with lock:
+        thread = threading.Thread(target=read, args=(files, tmp_path / "cache"))
+        thread.start()
+        thread.join(2)
+        [line] = capsys.readouterr().err.splitlines()
+        assert thread.is_alive() and line.endswith(f"it holds {lock.lock_file}")
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def die(files, cache):
