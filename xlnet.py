@@ -16,11 +16,11 @@ Axes, in every einsum and every shape:
 """
 
 import functools
-import inspect
 import itertools
 import json
 import math
 import pickle
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -590,16 +590,13 @@ class XLNet(nn.Module):
         SafetensorError if the weights are damaged.
         """
         arguments = read_config(directory) | overrides
-        model = cls(**arguments)
         weights = read_weights(directory)
         weights.setdefault("lm_loss.bias", torch.zeros(arguments["n_token"]))  # XLNetModel has no head
+        check_sizes(weights, arguments)
+        model = cls(**arguments)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                shape = list(parameter.shape)
-                if name not in weights or list(weights[name].shape) != shape:
-                    raise ValueError(
-                        f"the weight {name} is missing, or not of the shape {shape} that config.json asks for"
-                    )
+                check_weight(name, weights.get(name), list(parameter.shape))
                 parameter.copy_(weights[name])
         return model
 
@@ -751,37 +748,82 @@ def prediction_loss(logits: Tensor, target: Tensor, target_mask: Tensor) -> Tens
 # ---------------------------------------------------------------- files
 
 
+# Entries of config.json that must have this value; it is also what a missing entry means.
+FIXED_ENTRIES = {"model_type": "xlnet", "untie_r": True, "tie_word_embeddings": True, "layer_norm_eps": 1e-12}
+NEEDED_ENTRIES = ("model_type", "vocab_size", "n_layer", "n_head", "d_model", "d_inner", "ff_activation")
+ENTRIES = {  # arguments of the constructor: type, least and largest value
+    "vocab_size": (int, 1, 2**24),
+    "n_layer": (int, 1, 1000),
+    "n_head": (int, 1, 2**16),
+    "d_head": (int, 1, 2**16),
+    "d_inner": (int, 1, 2**16),
+    "d_model": (int, 2, 2**16),
+    "dropout": (float, 0, 1),
+    "dropatt": (float, 0, 1),
+    "attn_type": (str, None, None),
+    "bi_data": (bool, None, None),
+    "clamp_len": (int, -1, 2**20),
+    "same_length": (bool, None, None),
+    "reuse_len": (int, 0, 2**20),
+    "mem_len": (int, 0, 2**20),
+    "ff_activation": (str, None, None),
+}
+
+
 def read_config(directory: str | Path) -> dict:
     """Return the arguments of XLNet's constructor that a directory's config.json sets.
 
     Null entries are left out. A null mem_len or reuse_len only means that transformers keeps no memory; it does not
     say what pretraining should do.
 
-    Raises OSError if there is no config.json, ValueError if it does not describe an XLNet with untied biases and a
-    tied head, KeyError if it lacks the shape.
+    Raises OSError if there is no config.json, ValueError with the entry if it does not describe an XLNet with untied
+    biases and a tied head, or a value is out of all reason.
     """
-    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "xlnet":
-        raise ValueError(f"config.json is not that of an XLNet: its model_type is {config.get('model_type')!r}")
-    if not config.get("untie_r", True):
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json holds a {type(config).__name__}, not an object with the entries of an XLNet")
+    config = {name: value for name, value in config.items() if value is not None}
+    for name in NEEDED_ENTRIES:
+        if name not in config:
+            raise ValueError(f"config.json is not that of an XLNet: it has no {name}")
+    for name, value in FIXED_ENTRIES.items():
+        if repr(config.get(name, value)) != repr(value):  # 1 is not True
+            raise ValueError(
+                f"config.json is not that of an XLNet that can be read: its {name} is "
+                f"{reprlib.repr(config[name])}, not {value!r}"
+            )
+    arguments = {name: value for name, value in config.items() if name in ENTRIES}
+    for name, value in arguments.items():
+        check_entry(name, value)
+    arguments["n_token"] = arguments.pop("vocab_size")
+    arguments.setdefault("d_head", max(1, arguments["d_model"] // arguments["n_head"]))  # as transformers has it
+    return arguments
+
+
+def check_entry(name: str, value: object) -> None:
+    """Raise ValueError if the value of an entry of config.json has another type than in ENTRIES, or is out of limits.
+
+    A float may be written as a whole number; true and false are not numbers.
+    """
+    kind, least, most = ENTRIES[name]
+    is_kind = type(value) is kind or (kind is float and type(value) is int)
+    if not is_kind or (least is not None and not least <= value <= most):  # nan too
+        limits = "" if least is None else f", from {least} to {most}"
         raise ValueError(
-            "config.json sets untie_r to false; only XLNets whose layers have their own biases can be read"
+            f"config.json sets {name} to {reprlib.repr(value)}; it must be of type {kind.__name__}{limits}"
         )
-    if not config.get("tie_word_embeddings", True):
-        raise ValueError(
-            "config.json sets tie_word_embeddings to false; only XLNets whose head shares the embedding's weights can "
-            "be read"
-        )
-    config["n_token"] = config["vocab_size"]
-    config["d_head"] = config.get("d_head") or config["d_model"] // config["n_head"]
-    names = inspect.signature(XLNet).parameters
-    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """Return the weights in a directory by the names of XLNet's parameters, from model.safetensors if it exists.
 
-    Raises OSError if there are none, ValueError if they are not plain tensors, SafetensorError if they are damaged.
+    lm_loss.weight is left out: it must be the embedding.
+
+    Raises OSError if there are none, ValueError if they are not plain tensors or the head has weights of its own,
+    SafetensorError if they are damaged.
     """
     path = Path(directory) / "model.safetensors"
     older = Path(directory) / "pytorch_model.bin"  # of older transformers
@@ -792,6 +834,46 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 "pytorch_model.bin holds more than tensors and may run code; save it again as model.safetensors"
             ) from None
+        except (RuntimeError, EOFError):  # what torch.load raises depends on where the file ends
+            raise ValueError("pytorch_model.bin is damaged; fetch or save it again") from None
+        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            raise ValueError("pytorch_model.bin is not a dict of tensors; save the model's state_dict")
     else:
         found = load_file(path)
-    return {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+    embedding = weights.get("word_embedding.weight")
+    head = weights.pop("lm_loss.weight", embedding)
+    if embedding is not None and (head.dtype != embedding.dtype or not torch.equal(head, embedding)):
+        raise ValueError("lm_loss.weight is not the embedding; only XLNets whose head shares its weights can be read")
+    return weights
+
+
+def check_sizes(weights: dict[str, Tensor], arguments: dict) -> None:
+    """Raise ValueError if weights do not fit the sizes that config.json asks for.
+
+    It is called before the model is made: a wrong config.json may ask for any amount of memory.
+
+    weights: by name, as `read_weights` returns them; arguments: of XLNet's constructor
+    """
+    n_token, d_model, d_inner = arguments["n_token"], arguments["d_model"], arguments["d_inner"]
+    shapes = {
+        "word_embedding.weight": [n_token, d_model],
+        "layer.0.rel_attn.q": [d_model, arguments["n_head"], arguments["d_head"]],
+        "layer.0.ff.layer_1.weight": [d_inner, d_model],
+    }
+    for name, shape in shapes.items():
+        if name in weights:  # a variant of the model may do without
+            check_weight(name, weights[name], shape)
+    layers = {name.split(".")[1] for name in weights if name.startswith("layer.")}
+    if len(layers) != arguments["n_layer"]:
+        raise ValueError(f"config.json sets n_layer to {arguments['n_layer']}, and {len(layers)} layers have weights")
+
+
+def check_weight(name: str, weight: Tensor | None, shape: list[int]) -> None:
+    """Raise ValueError if a weight is None or has another shape, if it is not of floats, or if one is not finite."""
+    if weight is None or list(weight.shape) != shape:
+        raise ValueError(f"the weight {name} is missing, or not of the shape {shape} that config.json asks for")
+    if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"the weight {name} is of {weight.dtype}; save it as float32, float16 or bfloat16")
+    if not weight.float().isfinite().all():
+        raise ValueError(f"the weight {name} holds infinity or nan; the run that made it has failed")

@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+import reprlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,7 +63,10 @@ def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
 
 def default_cache_dir() -> str:
     """Return the folder of tokenized texts: xlnet in $XDG_CACHE_HOME, or in ~/.cache."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlnet")
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if parent.startswith("~"):  # a user without a home
+        parent = tempfile.gettempdir()
+    return os.path.join(parent, "xlnet")
 
 
 def with_absolute_paths(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,11 +138,46 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UserError("--tensorboard needs --output_dir; give a folder")
     if args.eval_steps and not args.valid:
         raise UserError(f"--eval_steps {args.eval_steps} needs --valid; give a validation text")
+    check_memory(args, world_size)
+
+
+def check_memory(args: argparse.Namespace, world_size: int) -> None:
+    """Raise UserError if the weights alone or the attention scores alone are larger than the machine's memory.
+
+    Both estimates are too low, so that nothing is refused that could run: the weights lack those of the vocabulary, the
+    scores those of memory.
+    """
+    memory = memory_of_machine()
+    n_weights = args.n_layer * args.d_model * (5 * args.n_head * args.d_head + 2 * args.d_inner)
+    if 4 * n_weights > memory:
+        raise UserError(
+            f"--n_layer {args.n_layer} --n_head {args.n_head} --d_head {args.d_head} --d_model {args.d_model} "
+            f"--d_inner {args.d_inner} make {4 * n_weights / 1e9:,.0f} GB of weights, and this machine has "
+            f"{memory / 1e9:,.0f} GB; give a smaller shape"
+        )
+    # The backward pass needs the scores of all heads, here in bfloat16. The last layer has only the mask of the content
+    # stream.
+    n_scores = args.batch_size // world_size * args.seq_len**2 * (1 + (args.n_layer - 1) * args.n_head)
+    if 2 * n_scores > memory:
+        raise UserError(
+            f"--seq_len {args.seq_len} --batch_size {args.batch_size} make {2 * n_scores / 1e9:,.0f} GB of attention "
+            f"scores, and this machine has {memory / 1e9:,.0f} GB; give a smaller --seq_len or --batch_size"
+        )
+
+
+def memory_of_machine() -> float:
+    """Return the memory of this machine in bytes, infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return math.inf
 
 
 def nearest_divisors(near: int, first: int, second: int) -> str:
     """Return the common divisors of two numbers next below and next above `near`, as in "128 or 256"."""
-    divisors = [n for n in range(1, min(first, second) + 1) if first % n == 0 and second % n == 0]
+    common = math.gcd(first, second)
+    up_to_root = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
+    divisors = sorted({*up_to_root, *(common // n for n in up_to_root)})
     below = [n for n in divisors if n < near]
     above = [n for n in divisors if n > near]
     return " or ".join(str(n) for n in below[-1:] + above[:1])
@@ -146,21 +186,30 @@ def nearest_divisors(near: int, first: int, second: int) -> str:
 # ---------------------------------------------------------------- types of values
 
 
-def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
-    """Return a function from text to an int or a float from `least` on and less than `below`."""
+def number(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """Return a function from text to an int or a float from `least` to `most`."""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < below:  # nan too
-            name = "a whole number" if kind is int else "a number"
-            limit = f"of at least {least}" + ("" if below == math.inf else f" and below {below}")
-            raise argparse.ArgumentTypeError(f"{text!r} will not do; give {name} {limit}")
+        if not least <= value <= most:  # nan too
+            given = reprlib.repr(text)  # shortened: it may have hundreds of digits
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{given} will not do; give {wanted} of at least {least} and at most {most}"
+            )
         return value
 
     return convert
+
+
+def not_empty(text: str) -> str:
+    """Return the name of a file, folder or tokenizer; an empty one comes from an unset shell variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' will not do; give a name, or leave the flag out")
+    return text
 
 
 def true_or_false(text: str) -> bool:
@@ -171,10 +220,18 @@ def true_or_false(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} will not do; give True or False")
 
 
-POSITIVE = number(int, 1)
-NATURAL = number(int, 0)
-REAL = number(float, 0)
-RATE = number(float, 0, below=1)
+# The largest values are far above any use. No arithmetic on them overflows.
+MOST_TOKENS = 2**20  # the mask of so long a window has a trillion entries
+MOST_ROWS = 2**16  # cutting a text into them takes a second
+MOST_LAYERS = 1000
+MOST_WIDTH = 2**16  # four times the widest language models
+MOST_STEPS = 10**9  # months at a hundred a second; a product of two fits into 64 bits
+TOKENS = number(int, 1, MOST_TOKENS)
+ROWS = number(int, 1, MOST_ROWS)
+WIDTH = number(int, 1, MOST_WIDTH)
+STEPS = number(int, 1, MOST_STEPS)
+REAL = number(float, 0, 1e6)  # float32 holds the sixth power
+RATE = number(float, 0, 0.999)  # a dropout of 1 leaves nothing
 
 # ---------------------------------------------------------------- the flags
 
@@ -214,18 +271,21 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data",
         nargs="+",
+        type=not_empty,
         metavar="FILE",
         help="UTF-8 text, a sentence a line, a blank line between documents; several files are several documents "
         "(default: data.txt beside main.py)",
     )
     group.add_argument(
         "--cache_dir",
+        type=not_empty,
         metavar="DIR",
         help="folder that keeps the token ids of a text once it is tokenized (default: xlnet in $XDG_CACHE_HOME, or in "
         "~/.cache)",
     )
     group.add_argument(
         "--tokenizer",
+        type=not_empty,
         metavar="NAME",
         default="bert-base-uncased",
         help=f"{', '.join(TOKENIZERS)}, a vocab.txt, a SentencePiece .model, or a directory with one of them "
@@ -233,21 +293,21 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--seq_len",
-        type=number(int, 5),
+        type=number(int, 5, MOST_TOKENS),
         metavar="N",
         default=512,
         help="tokens in a window (default: %(default)s)",
     )
     group.add_argument(
         "--reuse_len",
-        type=POSITIVE,
+        type=TOKENS,
         metavar="N",
         default=256,
         help="first tokens of a window, which become memory; the next window begins after them (default: %(default)s)",
     )
     group.add_argument(
         "--perm_size",
-        type=POSITIVE,
+        type=TOKENS,
         metavar="N",
         default=256,
         help="tokens permuted together; must divide reuse_len and seq_len - reuse_len (default: %(default)s)",
@@ -261,28 +321,28 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--mask_alpha",
-        type=POSITIVE,
+        type=TOKENS,
         metavar="N",
         default=6,
         help="around a span of L predicted tokens lie L * mask_alpha / mask_beta context tokens (default: %(default)s)",
     )
     group.add_argument(
         "--mask_beta",
-        type=POSITIVE,
+        type=TOKENS,
         metavar="N",
         default=1,
         help="see mask_alpha; not above it (default: %(default)s)",
     )
     group.add_argument(
         "--num_predict",
-        type=POSITIVE,
+        type=TOKENS,
         metavar="N",
         default=85,
         help="tokens predicted in a window (default: %(default)s)",
     )
     group.add_argument(
         "--mem_len",
-        type=NATURAL,
+        type=number(int, 0, MOST_TOKENS),
         metavar="N",
         default=384,
         help="tokens of earlier windows kept as memory, 0 = none (default: %(default)s)",
@@ -290,25 +350,27 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--n_layer", type=POSITIVE, metavar="N", default=6, help="layers (default: %(default)s)")
+    group.add_argument(
+        "--n_layer", type=number(int, 1, MOST_LAYERS), metavar="N", default=6, help="layers (default: %(default)s)"
+    )
     group.add_argument(
         "--n_head",
-        type=POSITIVE,
+        type=WIDTH,
         metavar="N",
         default=4,
         help="attention heads in a layer (default: %(default)s)",
     )
-    group.add_argument("--d_head", type=POSITIVE, metavar="N", default=8, help="width of a head (default: %(default)s)")
+    group.add_argument("--d_head", type=WIDTH, metavar="N", default=8, help="width of a head (default: %(default)s)")
     group.add_argument(
         "--d_model",
-        type=number(int, 2),
+        type=number(int, 2, MOST_WIDTH),
         metavar="N",
         default=32,
         help="width of the model, even (default: %(default)s)",
     )
     group.add_argument(
         "--d_inner",
-        type=POSITIVE,
+        type=WIDTH,
         metavar="N",
         default=32,
         help="width inside the feed-forward layer (default: %(default)s)",
@@ -342,7 +404,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--clamp_len",
-        type=number(int, -1),
+        type=number(int, -1, MOST_TOKENS),
         metavar="N",
         default=-1,
         help="largest distance told apart, tokens; 0 or -1 = no limit (default: %(default)s)",
@@ -372,14 +434,14 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
 def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch_size",
-        type=POSITIVE,
+        type=ROWS,
         metavar="N",
         help="rows of text in a step, shared out evenly to the processes of torchrun (default: one a process, two with "
         "--bi_data True)",
     )
     group.add_argument(
         "--rows",
-        type=POSITIVE,
+        type=ROWS,
         metavar="N",
         help="rows the text is cut into, a multiple of batch_size; each step takes the next batch_size of them, and "
         "each row has its own memory (default: batch_size for a page; for a longer text up to 16 times that, if each "
@@ -401,14 +463,14 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--adam_epsilon",
-        type=REAL,
+        type=number(float, 1e-15, 1e6),  # 0 divides 0 by 0 where a squared gradient underflows
         metavar="N",
         default=1e-8,
         help="AdamW's epsilon (default: %(default)s)",
     )
     group.add_argument(
         "--warmup_steps",
-        type=NATURAL,
+        type=number(int, 0, MOST_STEPS),
         metavar="N",
         default=0,
         help="updates over which the learning rate rises to its peak, 0 = off (default: %(default)s)",
@@ -435,7 +497,7 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--grad_accum_steps",
-        type=POSITIVE,
+        type=STEPS,
         metavar="N",
         default=1,
         help="steps whose mean gradient makes one update (default: %(default)s)",
@@ -446,19 +508,19 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num_step",
         "--num_epoch",
-        type=POSITIVE,
+        type=STEPS,
         metavar="N",
         help="passes over the text (default: 100, or all that --train_steps takes)",
     )
     group.add_argument(
         "--train_steps",
-        type=POSITIVE,
+        type=STEPS,
         metavar="N",
         help="stop after so many updates (default: no limit)",
     )
     group.add_argument(
         "--seed",
-        type=NATURAL,
+        type=number(int, 0, 2**63 - 1),
         metavar="N",
         default=0,
         help="of all random numbers; the same seed prints the same lines (default: %(default)s)",
@@ -481,18 +543,19 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--output_dir",
+        type=not_empty,
         metavar="DIR",
         help="folder for checkpoints, metrics.csv and loss.png (default: nothing is saved)",
     )
     group.add_argument(
         "--save_steps",
-        type=POSITIVE,
+        type=STEPS,
         metavar="N",
         help="steps between checkpoints; there is one at the end too (default: a pass)",
     )
     group.add_argument(
         "--save_total_limit",
-        type=NATURAL,
+        type=number(int, 0, MOST_STEPS),
         metavar="N",
         default=3,
         help="checkpoints kept, the newest ones, 0 = all (default: %(default)s)",
@@ -502,21 +565,24 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on from the newest whole checkpoint of --output_dir, or from one named, with its flags",
+        help="go on from the newest whole checkpoint of --output_dir, or of a run named, or from a checkpoint named, "
+        "with its flags",
     )
     group.add_argument(
         "--init_checkpoint",
+        type=not_empty,
         metavar="DIR",
         help="start from the weights and shape of a checkpoint or of any Hugging Face XLNet",
     )
     group.add_argument(
         "--valid",
+        type=not_empty,
         metavar="FILE",
         help="validation text; its targets are the same at every evaluation (default: none)",
     )
     group.add_argument(
         "--eval_steps",
-        type=POSITIVE,
+        type=STEPS,
         metavar="N",
         help="steps between evaluations on --valid (default: a pass)",
     )

@@ -1,13 +1,16 @@
 """The flags: their defaults, how a checkpoint fixes some of them, and the one line that a mistake gets."""
 
 import math
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import main
+import xlnet
 from support import UserError, flags
 
 ROOT = Path(main.__file__).parent
@@ -101,6 +104,13 @@ def test_default_cache_dir_follows_the_environment(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/ada")
     assert flags.default_cache_dir() == "/home/ada/.cache/xlnet"
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    """In the folder for temporary files, and not in one named ~."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no HOME and no entry
+    assert flags.default_cache_dir() == os.path.join(tempfile.gettempdir(), "xlnet")
 
 
 @pytest.mark.parametrize(
@@ -251,9 +261,13 @@ def test_a_run_can_go_on_from_another_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder of unusable texts and vocabularies."""
+    """A folder of unusable texts, vocabularies and models."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "empty.txt").write_bytes(b"")
+    (folder / "model").mkdir()
+    xlnet.XLNet(30).save_pretrained(folder / "model")
+    config = folder / "model" / "config.json"
+    config.write_text(config.read_text().replace('"n_layer": 6', '"n_layer": "2"'))
     (folder / "short.txt").write_text("the cat sat on the mat\n")
     (folder / "latin1.txt").write_bytes("fine\ncaf\u00e9\n".encode("latin-1"))
     (folder / "plain_vocab.txt").write_text("[PAD]\n[UNK]\nthe\ncat\n")
@@ -303,10 +317,11 @@ MISTAKES = [
     ("--d_model 33", ["--d_model 33", "try 34"]),
     ("--mem_len -1", ["--mem_len", "-1", "at least 0"]),
     ("--clamp_len -2", ["--clamp_len", "-2", "at least -1"]),
-    ("--dropout 1", ["--dropout", "1", "below 1"]),
-    ("--dropatt nan", ["--dropatt", "nan", "below 1"]),
+    ("--dropout 1", ["--dropout", "1", "at most 0.999"]),
+    ("--dropatt nan", ["--dropatt", "nan", "at most 0.999"]),
     ("--learning_rate -0.1", ["--learning_rate", "-0.1", "at least 0"]),
     ("--min_lr_ratio 2", ["--min_lr_ratio 2", "at most 1"]),
+    ("--adam_epsilon 0", ["--adam_epsilon", "'0'", "at least 1e-15"]),
     ("--seq_len 12.5", ["--seq_len", "12.5", "a whole number"]),
     ("--seq_len 4", ["--seq_len", "'4'", "at least 5"]),
     ("--seq_len_ 12", ["--seq_len_"]),
@@ -317,22 +332,97 @@ MISTAKES = [
     ("--save_steps 3", ["--save_steps 3", "--output_dir"]),
     ("--tensorboard", ["--tensorboard", "--output_dir"]),
     ("--eval_steps 3", ["--eval_steps 3", "--valid"]),
+    ("--init_checkpoint {files}/model", ["--init_checkpoint", "config.json sets n_layer to '2'"]),
     ("--init_checkpoint {files}", ["--init_checkpoint", "config.json", "the folder of an XLNet"]),
     *((f"--{name} {value}", [f"--{name}", value, "at least"]) for value in ("0", "-3") for name in COUNTS),
 ]
 
 
-@pytest.mark.parametrize("command, words", MISTAKES)
-def test_a_mistake_gets_one_line(capsys, files, command, words):
-    """Exit status 2, nothing on stdout, and one line that names the flag, the value and the remedy."""
+def assert_mistake(capsys, argv, words):
+    """A command line ends with status 2, nothing on stdout, and one line on stderr that holds all of `words`."""
     with pytest.raises(SystemExit) as stop:
-        main.main(command.format(files=files).split())
+        main.main(argv)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.startswith("main.py: error: ") and err.count("\n") == 1 and err.endswith("\n")
     for word in words:
         assert word in err
+
+
+@pytest.mark.parametrize("command, words", MISTAKES)
+def test_a_mistake_gets_one_line(capsys, files, command, words):
+    """Exit status 2, nothing on stdout, and one line that names the flag, the value and the remedy."""
+    assert_mistake(capsys, command.format(files=files).split(), words)
     assert not (files / "new").exists()  # a mistake leaves no folder
+
+
+@pytest.mark.parametrize("name", ["data", "cache_dir", "tokenizer", "output_dir", "init_checkpoint", "valid"])
+def test_an_empty_name_is_a_mistake(capsys, name):
+    """An unset shell variable is not silently the same as no flag."""
+    assert_mistake(capsys, [f"--{name}", ""], [f"--{name}: ''", "give a name, or leave the flag out"])
+
+
+ABSURD = [  # a value, and the largest that is allowed
+    *((f"--{name} 1{'0' * digits}", 2**20) for name in ("seq_len", "mem_len", "num_predict") for digits in (9, 12)),
+    *((f"--{name} {'7' * 20}", 2**20) for name in ("clamp_len", "mask_alpha", "perm_size", "reuse_len")),
+    *((f"--{name} 1000000000000", 2**16) for name in ("batch_size", "rows")),
+    *((f"--{name} 1000000000", 2**16) for name in ("d_model", "n_head", "d_head", "d_inner")),
+    ("--n_layer 100000", 1000),
+    (f"--seed {2**64}", 2**63 - 1),
+    *((f"--{name} {'9' * 400}", 10**9) for name in ("warmup_steps", "grad_accum_steps", "train_steps", "num_step")),
+    (f"--save_steps {'9' * 5000}", 10**9),  # more digits than int() reads
+    *((f"--learning_rate {value}", 1e6) for value in ("inf", "nan", "1e400", "1e7")),
+    *((f"--{name} 1e300", 1e6) for name in ("weight_decay", "clip", "init_std", "adam_epsilon", "min_lr_ratio")),
+]
+
+
+@pytest.mark.parametrize("command, most", ABSURD, ids=[f"{command[:30]}" for command, _ in ABSURD])
+def test_an_absurd_number_gets_one_line(capsys, command, most):
+    """It names the flag, the beginning of the value, and the largest value that is allowed."""
+    flag, value = command.split()
+    assert_mistake(capsys, [flag, value], [flag, f": '{value[:12]}", f"at most {most}"])
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (
+            "--n_layer 1000 --d_model 512 --n_head 8 --d_head 64 --d_inner 2048",
+            ["--n_layer 1000", "--d_model 512", "14 GB of weights", "8 GB"],
+        ),
+        ("--seq_len 20000 --reuse_len 10000 --perm_size 10000", ["--seq_len 20000", "17 GB of attention", "8 GB"]),
+        ("--batch_size 1000", ["--batch_size 1000", "11 GB of attention", "8 GB", "give a smaller"]),
+    ],
+)
+def test_what_no_memory_holds_is_a_mistake(capsys, monkeypatch, command, words):
+    """Weights and scores are estimated, before anything is allocated, and compared with the machine's memory."""
+    monkeypatch.setattr(flags, "memory_of_machine", lambda: 8e9)
+    assert_mistake(capsys, command.split(), words)
+
+
+def test_the_estimate_of_weights_is_just_below_their_number(monkeypatch):
+    """A shape is refused if and only if the machine lacks memory for 95 to 100 % of the weights of its layers."""
+    args = complete(*"--n_layer 3 --d_model 64 --n_head 4 --d_head 24 --d_inner 80 --seq_len 16".split())
+    model = xlnet.XLNet(2, n_layer=3, d_model=64, n_head=4, d_head=24, d_inner=80)
+    n_bytes = 4 * sum(parameter.numel() for parameter in model.layer.parameters())
+    monkeypatch.setattr(flags, "memory_of_machine", lambda: n_bytes)
+    flags.check_memory(args, 1)
+    monkeypatch.setattr(flags, "memory_of_machine", lambda: 0.95 * n_bytes)
+    with pytest.raises(UserError, match="--d_head 24"):
+        flags.check_memory(args, 1)
+
+
+def test_scores_are_counted_for_each_process(monkeypatch):
+    """Two processes share the rows of a batch, and each needs memory for its own."""
+    monkeypatch.setattr(flags, "memory_of_machine", lambda: 2 * 512**2 * (1 + 5 * 4))
+    flags.check_memory(complete("--batch_size", "2"), 2)
+    with pytest.raises(UserError, match="--batch_size 2"):
+        flags.check_memory(complete("--batch_size", "2"), 1)
+
+
+def test_memory_of_this_machine():
+    """More than 100 MB and less than 100 TB, or infinity: bytes, not pages or kilobytes."""
+    assert 1e8 < flags.memory_of_machine() < 1e14 or flags.memory_of_machine() == math.inf
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -375,6 +465,7 @@ def test_near_values_are_proposed():
     assert flags.nearest_divisors(200, 256, 256) == "128 or 256"
     assert flags.nearest_divisors(1000, 12, 18) == "6"
     assert flags.nearest_divisors(4, 12, 18) == "3 or 6"
+    assert flags.nearest_divisors(3, 10**9, 10**9) == "2 or 4"  # without a billion trials
 
 
 def test_a_mistake_is_told_once_a_machine(capsys, monkeypatch):

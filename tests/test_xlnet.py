@@ -1,6 +1,8 @@
 """The model against the official code's outputs, transformers' XLNet, naive loops, and what must not leak."""
 
 import ast
+import inspect
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 import data_utils
@@ -804,3 +807,128 @@ def test_rows_of_a_batch_are_strangers():
         assert torch.equal(before[:, row], after[:, row])
         assert all(torch.equal(a[:, row], b[:, row]) for a, b in zip(before_mems, after_mems, strict=True))
     assert not torch.equal(before[:, 1], after[:, 1])
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_tiny(folder, config=(), weights=()):
+    """Write a model of two layers into a folder, with other entries in config.json and other weights; None: without."""
+    XLNet(30, n_layer=2).save_pretrained(folder)
+    entries = json.loads((folder / "config.json").read_text()) | dict(config)
+    (folder / "config.json").write_text(json.dumps(entries))
+    tensors = load_file(folder / "model.safetensors") | dict(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+SIZES = ("vocab_size", "n_layer", "n_head", "d_head", "d_inner", "d_model")
+WRONG_ENTRIES = [
+    *((name, value) for name in SIZES for value in ("2", 2.0, True, [2], 0, -1, 10**9, 10**30, float("nan"))),
+    *((name, value) for name in ("mem_len", "reuse_len") for value in ("9", 9.5, False, {}, -1, 10**12)),
+    *(("clamp_len", value) for value in ("9", 9.0, True, -2, 10**20)),
+    *((name, value) for name in ("dropout", "dropatt") for value in ("0.1", True, -0.1, 1.1, float("inf"), [])),
+    *((name, value) for name in ("bi_data", "same_length") for value in ("False", 0, 1, 0.0, [])),
+    *((name, value) for name in ("attn_type", "ff_activation") for value in (0, True, ["bi"], {}, "silu", "")),
+    *((name, value) for name in ("untie_r", "tie_word_embeddings") for value in (False, "True", 1, [])),
+    *(("layer_norm_eps", value) for value in (1e-5, "1e-12", 0)),
+    *(("model_type", value) for value in ("bert", 1, ["xlnet"], None)),
+    *((name, None) for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_inner", "ff_activation")),
+]
+
+
+@pytest.mark.parametrize("name, value", WRONG_ENTRIES)
+def test_a_wrong_entry_of_config_json_is_named(tmp_path, name, value):
+    """Another type, a number out of all reason, another kind of XLNet, a missing size: ValueError, in one line."""
+    write_tiny(tmp_path, config={name: value})
+    with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
+        XLNet.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", '"xlnet"', "\x00", "{'n_layer': 2}", "\udcff", "{}", "9" * 5000, "[" * 10**5]
+)
+def test_a_config_json_that_is_none_is_named(tmp_path, text):
+    """Not JSON, not UTF-8, not an object, or without entries."""
+    write_tiny(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="config.json") as error:
+        xlnet.read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_entries_may_be_whole_numbers_or_null(tmp_path):
+    """0 is a dropout; null, and no entry, mean the argument's default, for d_head d_model / n_head."""
+    write_tiny(tmp_path, config={"dropout": 0, "mem_len": None, "d_head": None, "untie_r": None})
+    arguments = xlnet.read_config(tmp_path)
+    assert arguments["dropout"] == 0 and "mem_len" not in arguments and arguments["d_head"] == 8
+
+
+def test_config_json_takes_what_the_constructor_does():
+    """All arguments but those of the initial weights have an entry."""
+    names = set(inspect.signature(XLNet).parameters) - {"n_token", "init", "init_std"} | {"vocab_size"}
+    assert names == set(xlnet.ENTRIES)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("n_layer", 1), ("n_layer", 3), ("n_layer", 1000), *((n, 2**16) for n in SIZES if n != "n_layer")]
+)
+def test_sizes_are_compared_before_memory_is_allocated(tmp_path, monkeypatch, name, value):
+    """A model of the wrong size is not made; with fewer layers than the weights it would be another model."""
+    write_tiny(tmp_path, config={name: value})
+    monkeypatch.setattr(XLNet, "__init__", lambda *_, **__: pytest.fail("a model was made"))
+    with pytest.raises(ValueError, match="n_layer" if name == "n_layer" else "not of the shape .*config.json"):
+        XLNet.from_pretrained(tmp_path)
+
+
+Q = "transformer.layer.1.rel_attn.q"
+
+
+@pytest.mark.parametrize(
+    "weight, words",
+    [
+        *((torch.zeros(32, 4, 8, dtype=dtype), str(dtype)) for dtype in (torch.int64, torch.int8, torch.bool)),
+        (torch.zeros(32, 4, 8).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.full((32, 4, 8), math.nan), "infinity or nan"),
+        (torch.full((32, 4, 8), 1e300, dtype=torch.float64), "infinity or nan"),  # too large for float32
+        (torch.zeros(32, 32), "not of the shape"),
+        (None, "missing"),
+    ],
+    ids=str,
+)
+def test_a_wrong_weight_is_named(tmp_path, weight, words):
+    """Numbers that are no floats, or not finite in float32, do not silently become weights."""
+    write_tiny(tmp_path, weights={Q: weight})
+    with pytest.raises(ValueError, match=rf"the weight layer.1.rel_attn.q .*{words}"):
+        XLNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_are_read(tmp_path, dtype):
+    """They become float32."""
+    weight = torch.randn(32, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    write_tiny(tmp_path, weights={Q: weight})
+    assert torch.equal(XLNet.from_pretrained(tmp_path).layer[1].rel_attn.q, weight.float())
+
+
+def test_a_head_of_its_own_is_refused(tmp_path):
+    """lm_loss.weight may be there if it is the embedding; otherwise the model would predict something else."""
+    write_tiny(tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["transformer.word_embedding.weight"]
+    write_tiny(tmp_path, weights={"transformer.word_embedding.weight": embedding, "lm_loss.weight": embedding.clone()})
+    assert torch.equal(XLNet.from_pretrained(tmp_path).lm_loss.weight, embedding)
+    for other in (embedding + 1, embedding[:9], embedding.to(torch.float8_e4m3fn)):
+        write_tiny(tmp_path, weights={"lm_loss.weight": other})
+        with pytest.raises(ValueError, match="lm_loss.weight is not the embedding"):
+            XLNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 and no more", [torch.zeros(2)], {"a": 1}, torch.zeros(2)], ids=str
+)
+def test_a_pytorch_model_that_is_none_is_named(tmp_path, content):
+    """A damaged file, or one that holds something other than named tensors."""
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        xlnet.read_weights(tmp_path)
