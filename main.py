@@ -11,7 +11,8 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ from xlnet import XLNet, prediction_loss
 
 # flags that an --init_checkpoint fixes
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
+PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
+SIGPIPE = 13  # the number that a shell gives a reader who has gone; Windows lacks the name
 MANY_UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
 
 
@@ -66,6 +69,11 @@ class Run:
     state: TrainingState | None  # of the checkpoint from which the run goes on
 
     @property
+    def first_step(self) -> int:
+        """The number of steps made before this start."""
+        return 0 if self.state is None else self.state.step
+
+    @property
     def last_step(self) -> int:
         """The number of steps in the whole run."""
         by_passes = (self.args.num_step or math.inf) * self.loader.pass_len
@@ -96,16 +104,15 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     network = DistributedDataParallel(model) if distributed else model
     optimizer = make_optimizer(model, args)
     # memory[turn]: what the rows of a turn remember (see Loader), a list of n_layer [mlen, bsz, d_model]
-    first_step, memory = 0, [None] * len(loader.turns)
+    memory = [None] * len(loader.turns)
     if run.state is not None:
-        first_step = run.state.step
         memory = checkpoint.restore(run.state, loader.members, model, optimizer, device)
     elif distributed:
         torch.manual_seed(args.seed + (processes.rank() << 32))  # each process has its own dropout
 
-    batches = prefetch(loader, range(first_step, run.last_step), device)
+    batches = prefetch(loader, range(run.first_step, run.last_step), device)
     with contextlib.closing(batches), processes.stop_signals() as received_signal:
-        for step in range(first_step, run.last_step):
+        for step in range(run.first_step, run.last_step):
             reporter.begin_step()
             done = step + 1
             if step % loader.pass_len == 0:  # a new pass reads every row again, from its beginning
@@ -142,13 +149,15 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             is_last = done == run.last_step
             evaluates = run.valid_loader is not None and (is_last or done % eval_steps == 0)
             saves = is_last or done % save_steps == 0
-            stop_signal = received_signal()  # a signal after this line stops the run after the next step
-
+            stop_signal = received_signal(SIGPIPE if reporter.reader_is_gone else 0)
             # On a GPU the report is one step late, unless it has to wait for this step.
             for numbers in reporter.end_step(metrics, wait=evaluates or saves or stop_signal > 0):
                 stop_if_not_finite(numbers, loader.pass_len)
-            if evaluates:
-                reporter.validation(evaluate(model, run.valid_loader, device, args.bf16))
+            if evaluates and not stop_signal:
+                validation_loss = evaluate(model, run.valid_loader, device, args.bf16, received_signal)
+                stop_signal = received_signal()
+                if validation_loss is not None:
+                    reporter.validation(validation_loss)
             if args.output_dir and (saves or stop_signal):
                 save_checkpoint(run, done, memory, optimizer, reporter)
             if stop_signal:
@@ -157,10 +166,16 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def evaluate(model: XLNet, loader: Loader, device: torch.device, bf16: bool = False) -> float:
+def evaluate(
+    model: XLNet,
+    loader: Loader,
+    device: torch.device,
+    bf16: bool = False,
+    received_signal: Callable[[], int] = lambda: 0,
+) -> float | None:
     """Return the mean loss over all targets of one pass, in nats, with dropout off and memory carried.
 
-    Each process evaluates its share of the rows.
+    Each process evaluates its share of the rows. A signal between two batches ends the evaluation, without a result.
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of targets
@@ -172,6 +187,9 @@ def evaluate(model: XLNet, loader: Loader, device: torch.device, bf16: bool = Fa
             logits, memory[turn] = model(**batch, mems=memory[turn])
         n_target = target_mask.sum()
         sums += torch.stack([prediction_loss(logits, target, target_mask) * n_target, n_target])
+        if received_signal():
+            model.train()
+            return None
     model.train()
     loss_sum, n_target = processes.sum_over_processes(sums).tolist()
     return loss_sum / max(1, n_target)
@@ -218,7 +236,8 @@ def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:
             window = (numbers["step"] - 1) % pass_len + 1
             raise NotFinite(
                 f"the {name} of step {numbers['step']}, window {window} of pass {numbers['pass']}, is {value}; stopped "
-                f"before the update; try a smaller --learning_rate"
+                f"before the update; start anew with a smaller --learning_rate, or from a checkpoint with "
+                f"--init_checkpoint, another --output_dir and a smaller --learning_rate"
             )
 
 
@@ -261,7 +280,7 @@ def prepare(
     """
     args, state, source = read_flags(argv)
     if args.output_dir:
-        checkpoint.open_output_dir(args.output_dir, resumed=state is not None)
+        checkpoint.open_output_dir(args.output_dir, source if state is not None else None)
     device = processes.choose_device(args.device)
     try:
         tokenizer = corpus.load_tokenizer(args.tokenizer)
@@ -284,7 +303,20 @@ def prepare(
         model.compile(dynamic=False)  # memory grows in a few steps only
     run = Run(args, tokenizer, vocab, text, loader, valid_loader, model, device, state)
     check_run(run)
+    if state is not None:
+        checkpoint.check(state, source, model, make_optimizer(model, args), shapes_of_memory(run))
     return run
+
+
+def shapes_of_memory(run: Run) -> list[tuple[int, ...] | None]:
+    """Return the shape of the memory of each turn of rows at the step of the state, None for one that has none."""
+    step, args, loader = run.state.step, run.args, run.loader
+    visits = Counter(loader.turn(each) for each in range(step - step % loader.pass_len, step))
+    shapes = []
+    for turn in range(len(loader.turns)):
+        mlen = min(args.mem_len, visits[turn] * args.reuse_len)
+        shapes.append((args.n_layer, mlen, args.batch_size, args.d_model) if mlen else None)
+    return shapes
 
 
 def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingState | None, str | None]:
@@ -301,9 +333,14 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
             raise UserError(
                 f"--resume: the run had {n_processes} processes and now has {processes.world_size()}; start as many"
             )
+        checkpoint.check_flags(state, source, flags.parse)
         args = flags.parse(argv, state.flags, source)
-        if given.output_dir is None:  # a checkpoint is named; the run goes on in its folder
-            args.output_dir = os.path.dirname(os.path.abspath(given.resume))
+        is_saved = args.tokenizer == state.flags.get("tokenizer") and args.tokenizer not in corpus.TOKENIZERS
+        is_copy = checkpoint.run_folder(args.tokenizer) == checkpoint.run_folder(source)
+        if is_saved and (is_copy or not os.path.exists(args.tokenizer)):
+            args.tokenizer = source  # each checkpoint has a copy; that of an earlier one may be deleted
+        if given.output_dir is None:  # the run goes on in the folder of its checkpoint
+            args.output_dir = os.path.dirname(os.path.abspath(source))
     elif given.init_checkpoint:
         source = given.init_checkpoint
         args = flags.parse(argv, flags_of_model(source), source)
@@ -316,7 +353,7 @@ def flags_of_model(source: str) -> dict[str, Any]:
     """Return the flags that a model fixes: its shape, and its vocabulary if it has one."""
     try:
         config = xlnet.read_config(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--init_checkpoint {source}: {error}; give the folder of an XLNet") from None
     fixed = {name: config[name] for name in SHAPE if name in config}
     if corpus.find_vocabulary(Path(source)) is not None:
@@ -422,7 +459,7 @@ def list_files(paths: list[str]) -> str:
 def make_reporter(run: Run, silent: bool = False) -> Reporter:
     """Return the reporter of a run; all processes but the first are silent."""
     return Reporter(
-        first_step=run.state.step if run.state else 0,
+        first_step=run.first_step,
         pass_loss=run.state.pass_loss if run.state else 0.0,
         last_step=run.last_step,
         pass_len=run.loader.pass_len,
@@ -452,20 +489,33 @@ def describe(run: Run, entropy: float) -> str:
     )
 
 
+def what_processes_share(run: Run) -> dict[str, Any]:
+    """Return what must be the same in all processes of a run, by name; paths may differ from machine to machine."""
+    shared = {f"--{name}": value for name, value in vars(run.args).items() if name not in PATHS}
+    shared["a text of digest"] = run.text.digest
+    shared["a vocabulary of digest"] = run.vocab.digest
+    shared["a first step of"] = run.first_step
+    return shared
+
+
 def run_command(argv: list[str] | None, loader_class: type[Loader], model_class: type[XLNet]) -> dict[str, Any]:
     """Do what `main` does, and raise what goes wrong."""
-    run = prepare(argv, loader_class, model_class)
-    entropy = corpus.unigram_entropy(run.text.counts)
-    with processes.connected(run.device), contextlib.closing(make_reporter(run)) as reporter:
-        reporter.line(describe(run, entropy))
-        for _ in train(run, reporter):
-            pass
-        last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
-        mean_loss = reporter.pass_loss / (last_window + 1)
-        reporter.line(
-            f"Mean cost of pass {last_pass + 1}: {mean_loss:.3f}; of guessing by word frequency: {entropy:.3f}, "
-            f"of guessing blindly: {math.log(run.vocab.size):.3f}"
-        )
+    with processes.connected():
+        run = processes.together(lambda: prepare(argv, loader_class, model_class))
+        processes.check_same(what_processes_share(run))
+        entropy = corpus.unigram_entropy(run.text.counts)
+        if run.args.output_dir and processes.rank() == 0:
+            checkpoint.set_aside(run.args.output_dir, run.first_step)
+        with contextlib.closing(make_reporter(run)) as reporter:
+            reporter.line(describe(run, entropy))
+            for _ in train(run, reporter):
+                pass
+            last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
+            mean_loss = reporter.pass_loss / (last_window + 1)
+            reporter.line(
+                f"Mean cost of pass {last_pass + 1}: {mean_loss:.3f}; of guessing by word frequency: {entropy:.3f}, "
+                f"of guessing blindly: {math.log(run.vocab.size):.3f}"
+            )
     return reporter.last | {"updates": run.total_updates, "mean_loss": mean_loss, "unigram_entropy": entropy}
 
 
@@ -484,6 +534,8 @@ def main(
     -> the columns of metrics.csv in the last step, if one was made; updates; mean_loss of the last pass;
     unigram_entropy
     """
+    if sys.stderr is None:  # python main.py 2>&-
+        sys.stderr = open(os.devnull, "w")
     try:
         return run_command(argv, loader_class, model_class)
     except UserError as error:
@@ -491,14 +543,15 @@ def main(
     except (NotFinite, checkpoint.SaveError) as error:
         end(1, str(error))
     except Stopped as error:
+        if error.signum == SIGPIPE and error.output_dir is None:  # python main.py | head needs no message
+            sys.exit(1)
         end(128 + error.signum, str(error))
     except KeyboardInterrupt:
         end(130, "stopped by Ctrl-C before the first step; nothing is saved")
-    except BrokenPipeError:  # python main.py | head: the reader has gone, and needs no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
+        if processes.is_out_of_memory(error):
+            end(1, f"out of memory: {reason}; lower --batch_size, --seq_len, --mem_len or --d_model")
         if processes.is_lost_process(error):
             end(1, f"another process of the run is gone: {reason}; --resume goes on from the last checkpoint")
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):

@@ -42,9 +42,9 @@ def time_of_saving(count: int) -> list[float]:
         without_folder = argparse.Namespace(**vars(run.args) | {"output_dir": None})
         seconds = []
         with contextlib.closing(main.make_reporter(dataclasses.replace(run, args=without_folder))) as reporter:
-            for _ in range(count):
+            for step in range(run.first_step + 1, run.first_step + 1 + count):
                 begin = time.perf_counter()
-                main.save_checkpoint(run, run.state.step, memory, optimizer, reporter)
+                main.save_checkpoint(run, step, memory, optimizer, reporter)
                 seconds.append(time.perf_counter() - begin)
     return seconds
 

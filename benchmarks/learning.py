@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -326,7 +327,7 @@ def train(task: Task) -> list[dict[str, str]]:
             done = metrics["step"] / options.updates if options.updates else seconds / (60 * options.minutes)
             if done * POINTS >= len(curve) + 1:
                 point = {
-                    "text": Path(options.data).name,
+                    "text": text_of(options),
                     "shape": options.shape,
                     "budget": budget(options),
                     "targets": TARGETS,
@@ -343,6 +344,12 @@ def train(task: Task) -> list[dict[str, str]]:
                 with PROGRESS:
                     PROGRESS.value += 1
     return curve
+
+
+def text_of(options: argparse.Namespace) -> str:
+    """Return how the csv names a text: its file's name, and a digest of what is trained on and of what is held out."""
+    content = Path(options.data).read_bytes() + Path(options.valid).read_bytes()
+    return f"{Path(options.data).name} {hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def budget(options: argparse.Namespace) -> str:
@@ -401,7 +408,7 @@ def find_curves(options: argparse.Namespace) -> dict[str, list[list[dict[str, st
 
     Curves with other targets are left out, with a line on stderr.
     """
-    wanted = {"text": Path(options.data).name, "shape": options.shape, "budget": budget(options)}
+    wanted = {"text": text_of(options), "shape": options.shape, "budget": budget(options)}
     curves: dict[str, list[list[dict[str, str]]]] = {name: [] for name in options.variants}
     left_out = 0
     for (variant, _, targets), rows in itertools.groupby(
@@ -496,7 +503,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     made = {tuple(row[name] for name in key) for row in rows}
     tasks = []
     for seed, name in itertools.product(options.seeds, options.variants):
-        run = (Path(options.data).name, options.shape, budget(options), TARGETS, name, str(seed))
+        run = (text_of(options), options.shape, budget(options), TARGETS, name, str(seed))
         if run not in made:
             tasks.append(Task(options, name, seed))
     make_runs(options, tasks)

@@ -1,5 +1,6 @@
 """The plumbing of a run, one job a file, and the two ways in which every part of it speaks to the user."""
 
+import contextlib
 import os
 import sys
 
@@ -11,4 +12,5 @@ class UserError(Exception):
 def warn(message: str) -> None:
     """Print a line to stderr, from one process of each machine."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"main.py: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads stderr any more
+            print(f"main.py: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold line ends

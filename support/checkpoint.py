@@ -5,24 +5,33 @@ out/checkpoint-<step>/
     vocab.txt or spiece.model, tokenizer_config.json
     trainer_state.pt                    the TrainingState
     SHA256SUMS                          as `sha256sum --check` reads it
+out/abandoned-<n>/                      checkpoints and metrics.csv of steps that were made again; a run's folder too
+out/.lock                               held by the process that writes to the folder
+
+The checkpoints in a run's folder are those of one line of training: `set_aside` moves all others away.
 """
 
+import argparse
 import dataclasses
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from support import UserError, processes, warn
 
 NEEDED = {"model.safetensors", "trainer_state.pt"}
+LOCKS: dict[tuple[int, int], FileLock] = {}  # of the folders that this process writes to, held until it ends
 
 
 class SaveError(Exception):
@@ -36,7 +45,7 @@ class TrainingState:
     step: int  # number of steps made so far
     pass_loss: float  # sum of the losses of this pass
     memory: list[torch.Tensor | None]  # of each turn of rows: [n_layer, mlen, batch_size, d_model]; None before any
-    optimizer: dict[str, Any]  # AdamW's state_dict
+    optimizer: dict[str, Any]  # AdamW's state_dict; the state of a parameter that was never updated is None
     processes: list[dict[str, Any]]  # of each: gradients (of a half done accumulation), torch_rng, cuda_rng
     flags: dict[str, Any]  # of the command line, by name; paths are absolute
     text: str  # digest of the text
@@ -71,11 +80,13 @@ def collect(
     parts = processes.gather(own)
     if parts is None:
         return None
+    moments = optimizer.state_dict()
+    moments["state"] = {number: moments["state"].get(number) for number in range(len(own["gradients"]))}
     return TrainingState(
         step=step,
         pass_loss=pass_loss,
         memory=[join_rows(parts, turn) for turn in range(len(memory))],
-        optimizer=optimizer.state_dict(),
+        optimizer=moments,
         processes=[{name: part[name] for name in ("gradients", "torch_rng", "cuda_rng")} for part in parts],
         flags=flags,
         text=text,
@@ -103,7 +114,8 @@ def restore(
     device: torch.device,
 ) -> list[list[torch.Tensor] | None]:
     """Set optimizer, gradients and random states as `collect` found them; return the memory of this process's rows."""
-    optimizer.load_state_dict(state.optimizer)
+    moments = {number: each for number, each in state.optimizer["state"].items() if each is not None}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     own = state.processes[processes.rank()]
     for parameter, gradient in zip(model.parameters(), own["gradients"], strict=True):
         parameter.grad = None if gradient is None else gradient.to(device)
@@ -116,25 +128,94 @@ def restore(
     return memory
 
 
-def open_output_dir(output_dir: str, resumed: bool) -> None:
-    """Make the folder of a run; raise UserError if it cannot be written to, or holds another run."""
+def open_output_dir(output_dir: str, source: str | None) -> None:
+    """Make the folder of a run, and lock it until this process ends.
+
+    source: the checkpoint from which the run goes on, or None
+    Raises UserError if the folder cannot be written to, another process writes to it, or it holds another run.
+    """
     try:
         os.makedirs(output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
+        if processes.rank() == 0:
+            lock(output_dir)
+            for leftover in Path(output_dir).glob(".checkpoint-*"):  # of a process that was killed
+                remove(leftover)
+    except Timeout:
+        raise UserError(
+            f"--output_dir {output_dir}: another process trains there; wait for its end, or give another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: {error.strerror}; give a folder to write to") from None
-    if checkpoints(output_dir) and not resumed:
+    if not checkpoints(output_dir):
+        return
+    if source is None:
         raise UserError(f"--output_dir {output_dir} holds a run already; go on with --resume, or give another folder")
+    if run_folder(source) != os.path.realpath(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir} holds another run than --resume {source}; leave it out, or give a new folder"
+        )
+
+
+def lock(output_dir: str) -> None:
+    """Lock a folder until this process ends, however it ends; raise Timeout if another process has locked it."""
+    path = os.path.abspath(os.path.join(output_dir, ".lock"))
+    if os.path.exists(path) and file_number(path) in LOCKS:
+        return
+    new = FileLock(path)
+    new.acquire(timeout=0)
+    LOCKS[file_number(path)] = new
+
+
+def file_number(path: str) -> tuple[int, int]:
+    """Return what tells a file from all others, whatever its name; no new file gets it while this one is open."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def run_folder(checkpoint: str) -> str:
+    """Return the real path of the folder in which a checkpoint lies."""
+    return os.path.realpath(os.path.dirname(os.path.abspath(checkpoint)))
+
+
+def set_aside(output_dir: str, step: int) -> None:
+    """Move what a folder holds of steps after `step`, which will be made again, into a new folder abandoned-<n>.
+
+    The copy of metrics.csv there makes it the folder of a run, which --resume can go on with. The newest checkpoint
+    moves last: a process that is killed before has changed nothing about where --resume goes on.
+
+    Raises UserError if the folder cannot be written to.
+    """
+    metrics = Path(output_dir) / "metrics.csv"
+    later = [path for path in reversed(checkpoints(output_dir)) if step_of(path) > step]
+    try:
+        if not checkpoints(output_dir) and metrics.is_file():  # of a run that saved nothing
+            metrics.unlink()
+        if not later:
+            return
+        folders = (Path(output_dir) / f"abandoned-{number}" for number in itertools.count(1))
+        abandoned = next(folder for folder in folders if not folder.exists())
+        abandoned.mkdir()
+        if metrics.is_file():
+            shutil.copyfile(metrics, abandoned / metrics.name)
+        for path in later:
+            path.rename(abandoned / path.name)
+        sync(abandoned)
+        sync(Path(output_dir))
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; give a folder to write to") from None
+    warn(f"--resume goes on from step {step}; the checkpoints of later steps and their metrics are now in {abandoned}")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the checkpoints of a run, the newest first."""
-    steps = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal():
-            steps[path] = int(number)
-    return sorted(steps, key=steps.get, reverse=True)
+    paths = Path(output_dir).glob("checkpoint-*")
+    found = [path for path in paths if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def save(
@@ -145,8 +226,15 @@ def save(
     The folder has a temporary name until it is whole and on the disk.
 
     model, tokenizer: what save_pretrained(folder, **config) and save(folder) write into it
-    Raises SaveError if that fails; the earlier checkpoints stay as they are.
+    Raises SaveError if that fails, or a weight is not finite; the earlier checkpoints stay as they are.
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise SaveError(
+                f"the last update left {name} infinite or not a number, so step {state.step} is not saved; earlier "
+                f"checkpoints are whole, but --resume would come here again: start anew from one with "
+                f"--init_checkpoint, another --output_dir, and a smaller --learning_rate or a larger --adam_epsilon"
+            )
     checkpoint = Path(output_dir) / f"checkpoint-{state.step}"
     temporary = checkpoint.with_name(f".{checkpoint.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -159,17 +247,28 @@ def save(
         (temporary / "SHA256SUMS").write_text("".join(sums))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        if checkpoint.exists():  # damaged, or of steps that are made again
-            shutil.rmtree(checkpoint)
         temporary.rename(checkpoint)
         sync(checkpoint.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # the libraries raise the last two on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(f"{checkpoint} cannot be saved: {error}; earlier checkpoints are whole") from None
     if limit:
-        older = [path for path in checkpoints(output_dir) if path != checkpoint]
-        for path in older[limit - 1 :]:
-            shutil.rmtree(path)
+        line = [path for path in checkpoints(output_dir) if step_of(path) <= state.step]
+        for path in line[limit:]:
+            if tokenizer.vocab_file.resolve().parent == path.resolve():  # the next save copies the vocabulary again
+                continue
+            try:
+                remove(path)
+            except OSError as error:
+                warn(f"{path} cannot be deleted: {error.strerror}")
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, or a symbolic link to one, but not what the link points to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def damaged_file(checkpoint: Path) -> str | None:
@@ -178,6 +277,8 @@ def damaged_file(checkpoint: Path) -> str | None:
         digests = {}
         for line in (checkpoint / "SHA256SUMS").read_text().splitlines():
             digest, name = line.split("  ")
+            if name in ("", "..") or Path(name).name != name:  # a file of another folder
+                return "SHA256SUMS"
             digests[name] = digest
         if not NEEDED <= set(digests):
             return "SHA256SUMS"
@@ -192,14 +293,17 @@ def damaged_file(checkpoint: Path) -> str | None:
 def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
     """Return the checkpoint from which a run goes on, and the state in it.
 
-    name: of a checkpoint, or "" for the newest whole one in output_dir
+    name: of a checkpoint, or of a run's folder, or "" for output_dir: the newest whole one in it
     Raises UserError if there is none, or what it holds cannot be used.
     """
     if not name and not output_dir:
         raise UserError("--resume needs --output_dir, or the name of a checkpoint")
     if name and not Path(name).is_dir():
         raise UserError(f"--resume {name} does not exist; give the folder of a checkpoint, or --output_dir alone")
-    for path in [Path(name)] if name else checkpoints(output_dir):
+    in_folder = checkpoints(name or output_dir)
+    if name and not in_folder and not any((Path(name) / file).exists() for file in ("SHA256SUMS", "trainer_state.pt")):
+        raise UserError(f"--resume {name} is not a checkpoint and holds none; give the folder of one, or of a run")
+    for path in in_folder if in_folder or not name else [Path(name)]:
         damaged = damaged_file(path)
         if damaged is None:
             return str(path), load(path)
@@ -212,7 +316,8 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
 def load(checkpoint: Path) -> TrainingState:
     """Return the state in a whole checkpoint.
 
-    Raises UserError if it holds more than tensors and plain values, or another version of this project wrote it.
+    Raises UserError if it holds more than tensors and plain values, if another version of this project wrote it, or if
+    a field has another type than in TrainingState.
     """
     path = checkpoint / "trainer_state.pt"
     try:
@@ -221,12 +326,145 @@ def load(checkpoint: Path) -> TrainingState:
         raise UserError(
             f"--resume: {path} holds more than tensors and plain values and may run code; do not trust this folder"
         ) from None
-    if set(values) != {field.name for field in dataclasses.fields(TrainingState)}:
+    except Exception as error:  # torch.load raises anything for what torch.save has not written
+        raise UserError(f"--resume: {path} cannot be read: {error!r:.200}; resume from another checkpoint") from None
+    fields = dataclasses.fields(TrainingState)
+    if type(values) is not dict or set(values) != {field.name for field in fields}:
         raise UserError(
             f"--resume: another version of this project wrote {checkpoint}; start a new run from its weights with "
             f"--init_checkpoint {checkpoint}"
         )
+    types = {field.name: typing.get_origin(field.type) or field.type for field in fields}
+    refuse_misfit(misfit(values, types), checkpoint)
+    if values["step"] < 0:
+        refuse_misfit("['step']", checkpoint)
+    if not all(type(name) is str for name in values["flags"]):
+        refuse_misfit("['flags']", checkpoint)
     return TrainingState(**values)
+
+
+def check_flags(state: TrainingState, checkpoint: str, parse: Callable[[list[str]], argparse.Namespace]) -> None:
+    """Raise UserError if a flag in the state has a value that the command line would not take.
+
+    parse: from words to flags, as flags.parse does it
+    """
+    defaults = vars(parse([]))
+    known = {name: value for name, value in state.flags.items() if name in defaults}
+    words = []
+    for name, value in known.items():
+        if type(value) is list:
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and type(value) is not bool:
+            words.append(f"--{name}={value}")
+    try:
+        again = vars(parse(words))
+    except UserError as error:
+        raise UserError(f"--resume: {checkpoint}/trainer_state.pt has a wrong flag: {error}") from None
+    for name, value in known.items():
+        expected = type(defaults[name]) if value is None or type(value) is bool else Value(again[name])
+        refuse_misfit(misfit(value, expected, f"['flags'][{name!r}]"), checkpoint)
+
+
+def check(
+    state: TrainingState,
+    checkpoint: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: list[tuple[int, ...] | None],
+) -> None:
+    """Raise UserError if an entry of the state does not have the type and shape that this run needs.
+
+    optimizer: as new; memory: of each turn of rows, the shape that the memory must have, or None
+    """
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        groups.append({name: Value(group[name]) for name in ("params", "betas", "eps", "weight_decay")})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {}
+    for number, parameter in enumerate(parameters):
+        of_parameter = Array(parameter.shape)
+        moments[number] = OrNone({"step": Array(()), "exp_avg": of_parameter, "exp_avg_sq": of_parameter})
+    on_gpu = parameters[0].device.type == "cuda"
+    process = {
+        "gradients": [OrNone(Array(parameter.shape)) for parameter in model.parameters()],
+        "torch_rng": Array(torch.get_rng_state().shape, torch.uint8),
+        "cuda_rng": OrNone(Array(torch.cuda.get_rng_state().shape, torch.uint8) if on_gpu else torch.Tensor),
+    }
+    expected = {
+        "memory": [Value(None) if shape is None else Array(shape) for shape in memory],
+        "optimizer": {"state": moments, "param_groups": groups},
+        "processes": [process] * processes.world_size(),
+    }
+    saved_groups = state.optimizer.get("param_groups")
+    if type(saved_groups) is list and all(type(group) is dict for group in saved_groups):  # their other entries vary
+        saved_groups = [{name: group.get(name) for name in groups[0]} for group in saved_groups]
+    found = {
+        "memory": state.memory,
+        "optimizer": state.optimizer | {"param_groups": saved_groups},
+        "processes": state.processes,
+    }
+    refuse_misfit(misfit(found, expected), checkpoint)
+
+
+def refuse_misfit(entry: str | None, checkpoint: str | Path) -> None:
+    """Raise UserError if there is an entry that does not fit."""
+    if entry is not None:
+        raise UserError(
+            f"--resume: {checkpoint}/trainer_state.pt does not fit this run at {entry}; resume from another checkpoint"
+        )
+
+
+@dataclasses.dataclass
+class Array:
+    """What `misfit` expects: a tensor of this shape, of floats or of one dtype."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype | None = None
+
+    def fits(self, value: Any) -> bool:
+        if not isinstance(value, torch.Tensor) or value.shape != torch.Size(self.shape):
+            return False
+        return value.is_floating_point() if self.dtype is None else value.dtype == self.dtype
+
+
+@dataclasses.dataclass
+class Value:
+    """What `misfit` expects: this plain value."""
+
+    value: Any
+
+    def fits(self, value: Any) -> bool:
+        return type(value) is type(self.value) and repr(value) == repr(self.value)
+
+
+@dataclasses.dataclass
+class OrNone:
+    """What `misfit` expects: None, or what `form` says."""
+
+    form: Any
+
+
+def misfit(found: Any, expected: Any, name: str = "") -> str | None:
+    """Return the name of the first entry that is not as expected, such as ['memory'][0], or None.
+
+    expected: a type, an Array, a Value, an OrNone, or a dict or a list of these
+    """
+    if isinstance(expected, OrNone):
+        return None if found is None else misfit(found, expected.form, name)
+    if isinstance(expected, dict):
+        if type(found) is not dict or found.keys() != expected.keys():
+            return name
+        pairs = [(found[key], expected[key], f"{name}[{key!r}]") for key in expected]
+    elif isinstance(expected, list):
+        if type(found) is not list or len(found) != len(expected):
+            return name
+        pairs = [(found[i], expected[i], f"{name}[{i}]") for i in range(len(expected))]
+    elif isinstance(expected, type):
+        fits = isinstance(found, torch.Tensor) if expected is torch.Tensor else type(found) is expected
+        return None if fits else name
+    else:
+        return None if expected.fits(found) else name
+    return next((entry for pair in pairs if (entry := misfit(*pair)) is not None), None)
 
 
 def sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ import datetime
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,10 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def connected(device: torch.device) -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs."""
     if world_size() > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may tokenize for long while the others wait
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     yield  # an error leaves the processes connected: `is_lost_process` asks, and disconnecting could wait for ever
@@ -72,12 +73,53 @@ def is_lost_process(error: RuntimeError) -> bool:
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Return whether an error says that this process, or its GPU, has no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over the processes of the run."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_gather(value: object) -> list:
+    """Return the values of all processes, in the order of their ranks. All must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(prepare: Callable[[], Any]) -> Any:
+    """Return prepare(). A UserError in any process becomes one in all: all end, and its line is heard."""
+    result = message = None
+    try:
+        result = prepare()
+    except UserError as error:
+        message = str(error)
+    messages = all_gather(message)
+    for number, message in enumerate(messages):
+        if message is not None:
+            everywhere = messages.count(message) == len(messages)
+            raise UserError(message if everywhere else f"process {number} alone: {message}")
+    return result
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Raise UserError, in all processes, if a value is not that of process 0; it names the first that differs."""
+    first, *others = all_gather(values)
+    for number, theirs in enumerate(others, start=1):
+        for name, value in theirs.items():
+            if value != first[name]:
+                raise UserError(
+                    f"process {number} has {name} {value} and process 0 has {first[name]}; start all processes with "
+                    f"the same flags, text and checkpoint"
+                )
 
 
 def gather(value: object) -> list | None:
@@ -90,13 +132,17 @@ def gather(value: object) -> list | None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the first SIGINT or SIGTERM that any process has received, 0 before.
+def stop_signals() -> Iterator[Callable[[int], int]]:
+    """Yield a function that returns the first SIGINT, SIGTERM or SIGHUP that any process has received, 0 before.
+
+    The function takes a signal number, or 0: what this process has as well if it has received none.
 
     A second signal kills the process. Under torchrun it is ignored: torchrun forwards the Ctrl-C that the terminal has
     already sent to all processes, and kills those that do not end.
     """
-    signums = (signal.SIGINT, signal.SIGTERM)
+    signums = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signums.append(signal.SIGHUP)
     received = []
 
     def receive(signum, frame):
@@ -105,8 +151,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             for each in signums:
                 signal.signal(each, signal.SIG_DFL)
 
-    def first_signal() -> int:
-        signum = torch.tensor(received[0] if received else 0)
+    def first_signal(instead: int = 0) -> int:
+        signum = torch.tensor(received[0] if received else instead)
         if dist.is_initialized():
             dist.all_reduce(signum, dist.ReduceOp.MAX)
         return signum.item()

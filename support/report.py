@@ -5,7 +5,9 @@ It reports and never ends a run.
 
 import contextlib
 import csv
+import gc
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,6 +49,7 @@ class Reporter:
         self.pass_len, self.tokens_per_step, self.silent = pass_len, tokens_per_step, silent
         self.lag = 1 if device.type == "cuda" else 0  # how many steps a report may be late
         self.began = time.perf_counter()  # of the step
+        self.reader_is_gone = False  # nobody reads stdout any more
         self.waiting: list[tuple[dict[str, Any], torch.cuda.Event | None]] = []
         self.pass_loss = pass_loss  # sum of the losses of this pass
         self.last: dict[str, Any] = {}  # metrics of the last step reported
@@ -133,7 +136,11 @@ class Reporter:
         """Print a line to stdout, above the progress bar."""
         if not self.silent:
             with self.progress.external_write_mode():
-                print(text, flush=True)
+                try:
+                    print(text, flush=True)
+                except BrokenPipeError:  # python main.py | head
+                    self.reader_is_gone = True
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def flush(self) -> None:
         """Write the row of the last step reported to metrics.csv."""
@@ -169,13 +176,7 @@ class Reporter:
 
 def open_metrics(path: Path, step: int) -> TextIO:
     """Return metrics.csv open for appending, without the rows of steps after `step`, which will be made again."""
-    kept = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                is_whole = None not in row.values()  # a full disk may have cut the last one short
-                if is_whole and int(row["step"]) <= step:
-                    kept.append(row)
+    kept = [row for row in read_rows(path) if int(row["step"]) <= step] if step else []
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -185,16 +186,46 @@ def open_metrics(path: Path, step: int) -> TextIO:
     return open(path, "a", newline="")
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a metrics.csv, as text by COLUMNS.
+
+    Without torn rows: a crash, a full disk or an editor may have damaged the file. It may have other columns, or be
+    missing.
+    """
+    if not path.exists():
+        return []
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    names = header.split(",") if header.startswith("pass,step,loss") else COLUMNS
+    rows = []
+    for line in lines[:-1]:  # what follows the last line end is nothing, or a torn row
+        cells = line.split(",")
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(names, cells, strict=False))
+        if len(cells) == len(names) and is_whole(row):
+            rows.append({name: row[name] for name in COLUMNS})
+    return rows
+
+
+def is_whole(row: dict[str, str]) -> bool:
+    """Return whether a row has a pass, a step and a loss, and numbers in its other cells, which may be empty."""
+    try:
+        int(row["pass"]), int(row["step"]), float(row["loss"])
+        [float(row[name]) for name in COLUMNS if row[name]]
+        return True
+    except ValueError:
+        return False
+
+
 def draw_loss(output_dir: Path) -> None:
     """Draw loss.png from metrics.csv: the loss of each step, its running mean, and validation."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    table = np.genfromtxt(output_dir / "metrics.csv", delimiter=",", names=True, ndmin=1)
-    step, loss, validation = table["step"], table["loss"], table["validation_loss"]
-    if len(step) == 0:
+    rows = read_rows(output_dir / "metrics.csv")
+    if not rows:
         return
+    names = ("step", "loss", "validation_loss")
+    step, loss, validation = (np.array([float(row[name] or "nan") for row in rows]) for name in names)
     width = min(50, len(loss))  # steps of the running mean
     mean = np.convolve(loss, np.full(width, 1 / width), mode="valid")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -206,3 +237,5 @@ def draw_loss(output_dir: Path) -> None:
         axes.plot(step[evaluated], validation[evaluated], marker=".", label="validation")
     axes.legend()
     figure.savefig(output_dir / "loss.png", dpi=100)
+    del figure, axes
+    gc.collect()  # their parts refer to each other; left alone, they hold 50 MB before Python collects them

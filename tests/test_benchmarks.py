@@ -1,5 +1,6 @@
 """What the comparison in benchmarks/learning.py rests on, and the parts of benchmarks/probe.py."""
 
+import argparse
 import contextlib
 import multiprocessing
 import sys
@@ -229,7 +230,8 @@ def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, made, valid, ca
 def test_no_table_mixes_targets(tmp_path, made, valid, capsys):
     """A curve judged on other targets is made again and left out of the table; a line says so."""
     table = tmp_path / "t.csv"
-    row = dict.fromkeys(learning.COLUMNS, "1") | {"text": "data.txt", "shape": "32", "budget": "1 updates"}
+    text = learning.text_of(argparse.Namespace(data=DATA, valid=valid))
+    row = dict.fromkeys(learning.COLUMNS, "1") | {"text": text, "shape": "32", "budget": "1 updates"}
     row |= {"variant": "default", "seed": "0", "held_out_loss": "99"}
     learning.append(table, [row])
     command = ["--updates", "1", "--data", DATA, "--valid", valid, "--variants", "default"]
@@ -239,6 +241,18 @@ def test_no_table_mixes_targets(tmp_path, made, valid, capsys):
     held_out = float(learning.read(table)[1]["held_out_loss"])
     assert out.out.splitlines()[-1].startswith(f"| default | 1 | 1 | {held_out:.3f} |") and 8 < held_out < 11
     assert out.err == "learning.py: left out 1 curves that were judged on other targets\n"
+
+
+@pytest.mark.parametrize("changed", ["data", "valid"])
+def test_a_text_is_named_by_its_content(tmp_path, changed):
+    """Another text of the same name, trained on or held out, is another text."""
+    paths = {name: tmp_path / f"{name}.txt" for name in ("data", "valid")}
+    for path in paths.values():
+        path.write_text("the cat sat\n")
+    options = argparse.Namespace(**paths)
+    before = learning.text_of(options)
+    paths[changed].write_text("the cat sad\n")
+    assert before.startswith("data.txt ") and learning.text_of(options) != before
 
 
 def test_a_csv_with_other_columns_is_refused(tmp_path, made, valid, capsys):

@@ -475,8 +475,10 @@ def test_validation_is_the_mean_over_all_targets(valid, words, n_rows):
 
 # ---------------------------------------------------------------- signals and ends
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("save", [True, False])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, signum, status, save):
     """One line that says where, the status of a process that the signal killed, and the signals' old handlers."""
@@ -489,7 +491,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, sig
         return prediction_loss(*inputs)
 
     monkeypatch.setattr(main, "prediction_loss", interrupted)
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
         main.main([*SMALL, *(["--output_dir", str(out)] if save else [])])
@@ -497,9 +499,67 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, sig
     assert stop.value.code == status and printed.count("Number of Epoch") == 3
     saved = f"saved {out}/checkpoint-3, --resume goes on" if save else "nothing is saved without --output_dir"
     assert err == f"main.py: stopped after step 3; {saved}\n"
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
     if save:
         assert main.checkpoint.damaged_file(out / "checkpoint-3") is None
+
+
+def test_nohup_is_heeded(monkeypatch):
+    """A run that is to ignore SIGHUP goes on after one."""
+    prediction_loss = main.prediction_loss
+
+    def hang_up(*inputs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return prediction_loss(*inputs)
+
+    monkeypatch.setattr(main, "prediction_loss", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main.main([*SMALL, "--train_steps", "2"])["step"] == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch, capsys, valid):
+    """Between two of its 15 batches, without a validation line; the checkpoint is that of the step before it."""
+    forward, evaluated = XLNet.forward, []
+
+    def interrupt(model, *inputs, **named_inputs):
+        if not model.training:
+            evaluated.append(1)
+            if len(evaluated) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(model, *inputs, **named_inputs)
+
+    monkeypatch.setattr(XLNet, "forward", interrupt)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main.main([*SMALL, *valid, "--eval_steps", "2", "--output_dir", str(out)])
+    assert stop.value.code == 143 and len(evaluated) == 4
+    printed, err = capsys.readouterr()
+    assert printed.count("Number of Epoch") == 2 and "Validation" not in printed
+    assert "stopped after step 2; saved" in err and main.checkpoint.damaged_file(out / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TiB\nand a stack"),
+    ],
+)
+def test_no_memory_gets_one_line(monkeypatch, capsys, error):
+    """Status 1, and what to lower."""
+
+    def fail(*inputs):
+        raise error
+
+    monkeypatch.setattr(main, "prediction_loss", fail)
+    with pytest.raises(SystemExit) as stop:
+        main.main(SMALL)
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "out of memory" in line and "9 TiB; lower --batch_size" in line
 
 
 @pytest.mark.slow
@@ -557,6 +617,28 @@ def test_a_reader_that_leaves_is_no_error():
     os.close(read)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err == b""
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_stops_a_run_that_saves(tmp_path):
+    """python main.py --output_dir out | head -2: as a signal does, with the status of SIGPIPE."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "main.py"), *SMALL, "--num_step", "1000", "--output_dir", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 128 + 13
+    [newest, *_] = main.checkpoint.checkpoints(out)
+    assert err.endswith(f"saved {newest}, --resume goes on\n") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_closed_stderr_is_no_error():
+    """python main.py 2>&-"""
+    command = f"{sys.executable} {ROOT}/main.py {' '.join(SMALL)} --train_steps 2 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and len(LINE.findall(done.stdout)) == 2
 
 
 @pytest.mark.slow

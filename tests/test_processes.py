@@ -93,7 +93,8 @@ def read_metrics(folder):
 
 @pytest.fixture
 def in_place(monkeypatch):
-    """Return a function that makes this process one of n, as far as it is told."""
+    """Return a function that makes this process one of n, as far as it is told; the others are not there."""
+    monkeypatch.setattr(processes, "connected", contextlib.nullcontext)
 
     def set_place(rank, n):
         for name, value in place_of(rank, n).items():
@@ -249,6 +250,36 @@ def test_another_number_of_processes_is_refused(unbroken, in_place, capsys, n):
     assert f"--resume: the run had 2 processes and now has {n}; start as many" in line
 
 
+# ---------------------------------------------------------------- processes that differ
+
+
+def apart(argv):
+    """Run main.main; the words behind `process_1` and before --output_dir are for that process alone."""
+    begin, end = argv.index("process_1"), len(argv) - 2
+    own = argv[begin + 1 : end] if processes.rank() == 1 else []
+    main.main(argv[:begin] + own + argv[end:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own, line",
+    [
+        ("--seed 4", "process 1 has --seed 4 and process 0 has 0; start all processes with the same flags"),
+        ("--data {other}", "process 1 has a text of digest"),
+        ("--valid nowhere.txt", "process 1 alone: --valid nowhere.txt: No such file or directory; give a text file"),
+    ],
+)
+def test_a_process_that_differs_ends_all(start, tmp_path, own, line):
+    """With status 2, before the first step, and one line from the first process of the machine."""
+    other = tmp_path / "other.txt"
+    other.write_text(Path(DATA).read_text() + "One sentence more.\n")
+    words = [*SMALL, "--rows", "2", "--train_steps", "2", "process_1", *own.format(other=other).split()]
+    assert join(start(2, words, tmp_path / "run", apart)) == [2, 2]
+    [printed] = (tmp_path / "run" / "0.err").read_text().splitlines()
+    assert printed.startswith(f"main.py: error: {line}")
+    assert (tmp_path / "run" / "0.out").read_text() == "" == (tmp_path / "run" / "1.err").read_text()
+
+
 # ---------------------------------------------------------------- mistakes, devices, places
 
 
@@ -304,7 +335,8 @@ def test_the_place_of_a_process_is_read_when_asked(in_place, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     places = processes.rank, processes.local_rank, processes.world_size, processes.local_world_size
     assert [place() for place in places] == [0, 0, 1, 1]
-    assert processes.gather("value") == ["value"] and processes.sum_over_processes(torch.tensor(3.0)) == 3
+    assert processes.gather("value") == ["value"] == processes.all_gather("value")
+    assert processes.sum_over_processes(torch.tensor(3.0)) == 3
     in_place(2, 5)
     assert [place() for place in places] == [2, 2, 5, 5]
     monkeypatch.setenv("RANK", "7")

@@ -1,6 +1,7 @@
 """What a run tells: lines, metrics.csv, TensorBoard, a picture; and that telling never ends a run."""
 
 import csv
+import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,54 @@ def test_a_row_cut_short_ends_no_run(tmp_path, end):
     assert steps[:2] == ["1", "2"] and steps[-2:] == ["5", "6"]
 
 
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content, steps",
+    [
+        (b"", []),
+        (b"pass,st", []),
+        (bytes(range(256)), []),
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n1,2,5.0,0.1,2.0,9.0,3.".encode(), [1]),  # no line end: torn
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n1,2,5.0,0.1\r\n1,3,5.0,,,9.0,\r\n".encode(), [1, 3]),
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n\x00\x00\x00\n\n1,3,5.0,x,,9.0,\r\n".encode(), [1]),
+        (f"{HEADER[4:]}\r\n1,1,5.0,0.1,2.0,9.0,\r\n".encode(), [1]),  # the first line is damaged, the rows are not
+        (b"pass,step,loss,memory\n1,1,5.0,7\n1,2,5.0,8\n", [1, 2]),  # of another version
+    ],
+)
+def test_damaged_metrics_end_no_run(tmp_path, capsys, content, steps):
+    """Whole rows stay, torn ones are dropped; a run goes on from a later step, and draws its picture."""
+    (tmp_path / "metrics.csv").write_bytes(content)
+    reporter = make_reporter(tmp_path, first_step=4)
+    report_steps(reporter, [5])
+    (tmp_path / "loss.png").unlink(missing_ok=True)
+    reporter.draw()
+    reporter.close()
+    assert [int(row["step"]) for row in read(tmp_path)] == [*steps, 5]
+    assert (tmp_path / "loss.png").exists() and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("harm", ["emptied", "removed", "replaced"])
+def test_metrics_harmed_during_a_run_end_no_run(tmp_path, capsys, harm):
+    """Lines and later rows go on; the picture shows what is left, or a line says why there is none."""
+    reporter = make_reporter(tmp_path)
+    report_steps(reporter, [1, 2])
+    if harm == "emptied":
+        (tmp_path / "metrics.csv").write_text("")
+    else:
+        (tmp_path / "metrics.csv").unlink()
+    if harm == "replaced":
+        (tmp_path / "metrics.csv").mkdir()
+    reporter.draw()
+    report_steps(reporter, [3])
+    reporter.draw()
+    reporter.close()
+    out, err = capsys.readouterr()
+    assert out.count("Number of Epoch") == 3
+    assert all("loss.png: " in line for line in err.splitlines())
+
+
 @pytest.mark.parametrize("name, obstacle", [("metrics.csv", "folder"), ("metrics.tmp", "full disk")])
 def test_metrics_that_cannot_be_opened_end_no_run(tmp_path, capsys, name, obstacle):
     """One line on stderr; lines on stdout are there all the same."""
@@ -245,6 +294,20 @@ def test_a_picture_of_any_number_of_steps(tmp_path):
         pictures.add((tmp_path / "loss.png").read_bytes())
     reporter.close()
     assert len(pictures) == 3 and all(picture[:4] == b"\x89PNG" for picture in pictures)
+
+
+def test_a_picture_leaves_nothing_in_memory(tmp_path):
+    """Its parts refer to each other, and a run that draws at every save would grow until Python collects them."""
+    reporter = make_reporter(tmp_path)
+    report_steps(reporter, [1, 2])
+    gc.disable()
+    try:
+        reporter.draw()
+        left = [each for each in gc.get_objects() if type(each).__name__ in ("Figure", "Axes", "RendererAgg")]
+    finally:
+        gc.enable()
+    reporter.close()
+    assert (tmp_path / "loss.png").exists() and left == []
 
 
 def test_no_picture_without_matplotlib(tmp_path, monkeypatch, capsys):
