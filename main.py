@@ -536,6 +536,8 @@ def main(
     """
     if sys.stderr is None:  # python main.py 2>&-
         sys.stderr = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command(argv, loader_class, model_class)
     except UserError as error:

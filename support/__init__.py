@@ -11,6 +11,6 @@ class UserError(Exception):
 
 def warn(message: str) -> None:
     """Print a line to stderr, from one process of each machine."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):  # nobody reads stderr any more
             print(f"main.py: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold line ends

@@ -18,22 +18,30 @@ from support import UserError
 
 def rank() -> int:
     """Return the number of this process in the run, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return from_environment("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes in the run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_environment("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return the number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return from_environment("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Return the number of the run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+def from_environment(name: str, default: int) -> int:
+    """Return the number in an environment variable; raise UserError if it holds something else."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name} is {value!r} in the environment; start with torchrun, or unset it")
+    return int(value)
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,7 +66,14 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs."""
+    """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs.
+
+    Raises UserError if the environment gives this process no place among them.
+    """
+    if rank() >= world_size():
+        raise UserError(
+            f"RANK is {rank()} in the environment and WORLD_SIZE {world_size()}; start with torchrun, or unset both"
+        )
     if world_size() > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # one process may tokenize for long while the others wait

@@ -634,6 +634,17 @@ def test_a_reader_that_leaves_stops_a_run_that_saves(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path):
+    """In the first line, where the terminal knows ASCII alone."""
+    path = tmp_path / "caf\u00e9.txt"
+    path.write_bytes((ROOT / "data.txt").read_bytes())
+    command = [sys.executable, str(ROOT / "main.py"), *SMALL, "--train_steps", "1", "--data", str(path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == "" and "; caf\\xe9.txt: 4,015 tokens" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_closed_stderr_is_no_error():
     """python main.py 2>&-"""
     command = f"{sys.executable} {ROOT}/main.py {' '.join(SMALL)} --train_steps 2 2>&-"

@@ -303,6 +303,27 @@ def test_a_mistake_gets_one_line(in_place, capsys, flags, words):
         assert len(lines) == 1 - rank and all(word in line for word in words for line in lines)
 
 
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"RANK": "1"}, "RANK is 1 in the environment and WORLD_SIZE 1; start with torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 in the environment and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
+    ],
+)
+def test_a_place_that_cannot_be_is_a_mistake(monkeypatch, capsys, variables, words):
+    """One line and status 2, instead of a silent process or a wait for others."""
+    for name in place_of(0, 1):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        main.main([*SMALL, "--train_steps", "1"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and words in line
+
+
 def test_each_process_needs_a_gpu(in_place, monkeypatch):
     """Every process says so, not the ones alone that find none: the first is the one that is heard."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
