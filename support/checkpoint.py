@@ -13,7 +13,6 @@ The checkpoints in a run's folder are those of one line of training: `set_aside`
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import os
 import pickle
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from support import UserError, processes, warn
+from support.corpus import sha256
 
 NEEDED = {"model.safetensors", "trainer_state.pt"}
 LOCKS: dict[tuple[int, int], FileLock] = {}  # of the folders that this process writes to, held until it ends
@@ -465,12 +465,6 @@ def misfit(found: Any, expected: Any, name: str = "") -> str | None:
     else:
         return None if expected.fits(found) else name
     return next((entry for pair in pairs if (entry := misfit(*pair)) is not None), None)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

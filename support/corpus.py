@@ -369,7 +369,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     for piece, i in ids.items():
         word_start[i] = tokenizer.is_word_start(piece)
     tokenizer.warn_of_surprises()
-    content = json.dumps(tokenizer.config) + _sha256(tokenizer.vocab_file)
+    content = json.dumps(tokenizer.config) + sha256(tokenizer.vocab_file)
     return Vocabulary(
         size=size,
         sep_id=ids[special.sep],
@@ -456,7 +456,7 @@ def text_digest(path: str | Path) -> str:
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
         raise ValueError(f"{path} is a pipe or a device, and a text is read twice; write it into a file")
-    return _sha256(path)
+    return sha256(path)
 
 
 @contextlib.contextmanager
@@ -504,7 +504,7 @@ def open_text(folder: Path) -> Text | None:
         sentence_starts = np.memmap(folder / "begins", np.int64, mode="r")
         if len(ids) != sum(summary["counts"]) or len(sentence_starts) != summary["sentences"]:
             return None
-        if any(_sha256(folder / name) != digest for name, digest in summary.get("sha256", {}).items()):
+        if any(sha256(folder / name) != digest for name, digest in summary.get("sha256", {}).items()):
             return None
     except (OSError, ValueError, KeyError):
         return None
@@ -559,7 +559,7 @@ def tokenize(
         for file in (ids_file, begins_file):
             file.flush()
             os.fsync(file.fileno())
-    checksums = {name: _sha256(folder / name) for name in ("ids", "begins")}
+    checksums = {name: sha256(folder / name) for name in ("ids", "begins")}
     summary = {"dtype": dtype.name, "sentences": n_sentences, "counts": counts.tolist(), "sha256": checksums}
     (folder / "about.json").write_text(json.dumps(summary))
 
@@ -737,6 +737,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(path: str | Path) -> str:
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

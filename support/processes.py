@@ -150,7 +150,7 @@ def gather(value: object) -> list | None:
 def stop_signals() -> Iterator[Callable[[int], int]]:
     """Yield a function that returns the first SIGINT, SIGTERM or SIGHUP that any process has received, 0 before.
 
-    The function takes a signal number, or 0: what this process has as well if it has received none.
+    A signal number given to the function counts as received by this process if no signal came before.
 
     A second signal kills the process. Under torchrun it is ignored: torchrun forwards the Ctrl-C that the terminal has
     already sent to all processes, and kills those that do not end.

@@ -193,7 +193,7 @@ def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
     path.write_text("a line of many words " * 500)
     monkeypatch.setattr(corpus, "CHUNK", 100)
     with corpus.tqdm(disable=True) as progress:
-        chunks = list(corpus.read_chunks([path], [corpus._sha256(path)], progress))
+        chunks = list(corpus.read_chunks([path], [corpus.sha256(path)], progress))
     assert "".join(chunk for chunk, _ in chunks) == path.read_text()
     assert all(len(chunk) <= 100 + len("words ") and chunk.endswith(" ") for chunk, _ in chunks)
     assert [continues_line for _, continues_line in chunks] == [False] + [True] * (len(chunks) - 1)
@@ -207,7 +207,7 @@ def test_a_word_without_end_is_read_in_few_steps(tmp_path, monkeypatch):
     read_characters, sizes = corpus.read_characters, []
     monkeypatch.setattr(corpus, "read_characters", lambda file, n: sizes.append(n) or read_characters(file, n))
     with corpus.tqdm(disable=True) as progress:
-        [chunk] = corpus.read_chunks([path], [corpus._sha256(path)], progress)
+        [chunk] = corpus.read_chunks([path], [corpus.sha256(path)], progress)
     assert chunk == ("x" * 100_000, False) and len(sizes) < 20
 
 
