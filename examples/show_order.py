@@ -15,35 +15,37 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_utils
-from support import corpus
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that answers a mistake with one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+from support import UserError, corpus, flags, mistakes_in_one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags and print the order that they ask for."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", default="the cat sat on the mat", help="a sentence (default: %(default)s)")
-    parser.add_argument("--tokenizer", default="bert-base-uncased", help="as in main.py (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order and the targets (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative; give 0 or more")
-    try:
-        tokenizer = corpus.load_tokenizer(args.tokenizer)
-        vocab = corpus.vocabulary(tokenizer)
-    except ValueError as error:
-        parser.error(f"--tokenizer {args.tokenizer}: {error}")
+    with mistakes_in_one_line("show_order.py"):
+        args = parse(argv)
+        try:
+            tokenizer = corpus.load_tokenizer(args.tokenizer)
+            vocab = corpus.vocabulary(tokenizer)
+        except ValueError as error:
+            raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
 
     pieces = [*tokenizer.tokenize(args.text), tokenizer.special.sep]
     ids = np.array(tokenizer.convert_tokens_to_ids(pieces))
     rank, is_target = draw_order(vocab.word_start[ids], np.random.default_rng(args.seed))
     show(pieces, rank, is_target)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags of a command line; raise UserError for a wrong one."""
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="the cat sat on the mat", help="a sentence (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="bert-base-uncased", help="as in main.py (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=flags.number(int, 0, 2**63 - 1),
+        default=0,
+        help="of the order and the targets (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
 
 
 def draw_order(word_start: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -14,3 +15,13 @@ def warn(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):  # nobody reads stderr any more
             print(f"main.py: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold line ends
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line(program: str) -> Iterator[None]:
+    """Turn a UserError inside the with block into a line on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)

@@ -38,7 +38,7 @@ def test_the_order_is_shown(tmp_path):
     [
         ("--tokenizer nonesuch", ["--tokenizer nonesuch", "give bert-base-uncased"]),
         ("--tokenizer pieces.txt", ["--tokenizer pieces.txt", "no [SEP] and no [CLS]"]),
-        ("--seed -1", ["--seed -1", "give 0 or more"]),
+        ("--seed -1", ["--seed", "'-1'", "at least 0"]),
         ("--seed one", ["--seed", "one"]),
     ],
 )
