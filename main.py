@@ -10,12 +10,16 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch is imported ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from safetensors import SafetensorError
@@ -79,6 +83,11 @@ class Run:
         by_passes = (self.args.num_step or math.inf) * self.loader.pass_len
         by_updates = (self.args.train_steps or math.inf) * self.args.grad_accum_steps
         return min(by_passes, by_updates)
+
+    @property
+    def variant(self) -> list[str]:
+        """The names of the classes that make batches and model."""
+        return [type(self.loader).__qualname__, type(self.model).__qualname__]
 
     @property
     def total_updates(self) -> int:
@@ -259,6 +268,7 @@ def save_checkpoint(
         flags=flags.with_absolute_paths(run.args),
         text=run.text.digest,
         vocabulary=run.vocab.digest,
+        variant=run.variant,
     )
     if state is not None:
         config = run.vocab.hugging_face_config()
@@ -287,6 +297,7 @@ def prepare(
         vocab = corpus.vocabulary(tokenizer)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
+    flags.check_memory(args, vocab.size, processes.world_size())
 
     text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
     if args.rows is None:
@@ -442,6 +453,11 @@ def check_run(run: Run) -> None:
         raise UserError(f"--tokenizer {args.tokenizer}: the vocabulary {advice}")
     if state.text != run.text.digest:
         raise UserError(f"--data {list_files(args.data)}: the text {advice}")
+    if state.variant != run.variant:
+        raise UserError(
+            f"--resume: the run used {' and '.join(map(str, state.variant))}, and this program uses "
+            f"{' and '.join(run.variant)}; go on with the program that began it"
+        )
     if state.step > run.last_step:
         raise UserError(
             f"--resume: the run is at step {state.step}, beyond its end at step {run.last_step}; give a larger "
@@ -562,4 +578,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

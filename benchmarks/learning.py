@@ -25,9 +25,11 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -51,7 +53,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {"32": "", "256": "--d_model 256 --d_head 64 --d_inner 1024 --learning_rate 2.5e-4"}
 COLUMNS = (
     "text", "shape", "budget", "targets", "variant", "seed", "updates", "seconds", "training_loss", "held_out_loss",
-    "machine",
+    "machine", "commit",
 )  # fmt: skip
 # How held-out targets are drawn. Losses on different targets do not compare, and no table mixes them.
 # 1: one random generator for all windows, one after the other; 2: each window has its own, as in data_utils.Loader
@@ -338,6 +340,7 @@ def train(task: Task) -> list[dict[str, str]]:
                     "training_loss": f"{statistics.fmean(losses):.4f}",
                     "held_out_loss": f"{judge.held_out_loss(run.model):.4f}",
                     "machine": machine,
+                    "commit": commit(),
                 }
                 curve.append(point)
                 losses.clear()
@@ -350,6 +353,16 @@ def text_of(options: argparse.Namespace) -> str:
     """Return how the csv names a text: its file's name, and a digest of what is trained on and of what is held out."""
     content = Path(options.data).read_bytes() + Path(options.valid).read_bytes()
     return f"{Path(options.data).name} {hashlib.sha256(content).hexdigest()[:8]}"
+
+
+@functools.cache
+def commit() -> str:
+    """Return the name of this project's commit, with a mark if files differ from it; "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def budget(options: argparse.Namespace) -> str:
@@ -500,12 +513,16 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--csv {error}")
 
     key = ("text", "shape", "budget", "targets", "variant", "seed")
-    made = {tuple(row[name] for name in key) for row in rows}
-    tasks = []
+    made = {tuple(row[name] for name in key): row["commit"] for row in rows}
+    tasks, commits = [], []
     for seed, name in itertools.product(options.seeds, options.variants):
         run = (text_of(options), options.shape, budget(options), TARGETS, name, str(seed))
-        if run not in made:
+        if run in made:
+            commits.append(made[run] or "not named")
+        else:
             tasks.append(Task(options, name, seed))
+    for name, count in Counter(commits).items():
+        print(f"learning.py: {count} curves are in {options.csv} already, of commit {name}", file=sys.stderr)
     make_runs(options, tasks)
     curves = find_curves(options)
     print_table(curves)

@@ -50,6 +50,7 @@ class TrainingState:
     flags: dict[str, Any]  # of the command line, by name; paths are absolute
     text: str  # digest of the text
     vocabulary: str  # digest of the vocabulary
+    variant: list[str]  # names of the classes of loader and model
 
 
 def collect(
@@ -64,6 +65,7 @@ def collect(
     flags: dict[str, Any],
     text: str,
     vocabulary: str,
+    variant: list[str],
 ) -> TrainingState | None:
     """Return the state of a run, in the process of rank 0; None in others. Every process must call it.
 
@@ -91,6 +93,7 @@ def collect(
         flags=flags,
         text=text,
         vocabulary=vocabulary,
+        variant=variant,
     )
 
 

@@ -369,7 +369,6 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     for piece, i in ids.items():
         word_start[i] = tokenizer.is_word_start(piece)
     tokenizer.warn_of_surprises()
-    content = json.dumps(tokenizer.config) + sha256(tokenizer.vocab_file)
     return Vocabulary(
         size=size,
         sep_id=ids[special.sep],
@@ -380,9 +379,15 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         bos_id=ids.get(special.bos, ids[special.cls]),
         eos_id=ids.get(special.eos, ids[special.sep]),
         word_start=word_start,
-        digest=hashlib.sha256(content.encode()).hexdigest(),
+        digest=digest_of(tokenizer),
         cls_is_first=tokenizer.cls_is_first,
     )
+
+
+def digest_of(tokenizer: Tokenizer) -> str:
+    """Return the sha256 of the pieces of a tokenizer and of its treatment of text."""
+    content = json.dumps(tokenizer.config) + sha256(tokenizer.vocab_file)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- texts and their cache
@@ -706,8 +711,11 @@ def encoder(vocab_file: Path, digest: str) -> Callable[[str], list[int]]:
     """Return the function from a line to its ids, the same one until the vocabulary changes.
 
     digest: of the vocabulary; it differs if another vocabulary now has the same file name
+    Raises ValueError if the file has another digest now.
     """
     tokenizer = load_tokenizer(vocab_file)
+    if digest_of(tokenizer) != digest:
+        raise ValueError(f"cannot be tokenized: {changed(vocab_file)}")
     if not tokenizer.splits_at_spaces:
         return tokenizer.encode
     encode_word = functools.lru_cache(maxsize=WORDS)(tokenizer.encode)  # BERT's tokenizer is slow

@@ -1,6 +1,7 @@
 """The flags of main.py: their names, types and defaults, how a checkpoint fixes some of them, and their checks."""
 
 import argparse
+import importlib.util
 import math
 import os
 import reprlib
@@ -136,23 +137,27 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UserError(f"--save_steps {args.save_steps} needs --output_dir; give a folder")
     if args.tensorboard and not args.output_dir:
         raise UserError("--tensorboard needs --output_dir; give a folder")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not installed; pip install tensorboard")
     if args.eval_steps and not args.valid:
         raise UserError(f"--eval_steps {args.eval_steps} needs --valid; give a validation text")
-    check_memory(args, world_size)
 
 
-def check_memory(args: argparse.Namespace, world_size: int) -> None:
+def check_memory(args: argparse.Namespace, n_token: int, world_size: int) -> None:
     """Raise UserError if the weights alone or the attention scores alone are larger than the machine's memory.
 
-    Both estimates are too low, so that nothing is refused that could run: the weights lack those of the vocabulary, the
-    scores those of memory.
+    n_token: size of the vocabulary
+    Both estimates are too low, so that nothing is refused that could run: the weights lack the biases, the scores those
+    of memory.
     """
     memory = memory_of_machine()
-    n_weights = args.n_layer * args.d_model * (5 * args.n_head * args.d_head + 2 * args.d_inner)
+    per_layer = 5 * args.n_head * args.d_head + 2 * args.d_inner
+    n_weights = args.d_model * (n_token + args.n_layer * per_layer)
     if 4 * n_weights > memory:
         raise UserError(
             f"--n_layer {args.n_layer} --n_head {args.n_head} --d_head {args.d_head} --d_model {args.d_model} "
-            f"--d_inner {args.d_inner} make {4 * n_weights / 1e9:,.0f} GB of weights, and this machine has "
+            f"--d_inner {args.d_inner} and {n_token:,} word pieces make {4 * n_weights / 1e9:,.0f} GB of weights, and "
+            f"this machine has "
             f"{memory / 1e9:,.0f} GB; give a smaller shape"
         )
     # The backward pass needs the scores of all heads, here in bfloat16. The last layer has only the mask of the content
@@ -209,6 +214,10 @@ def not_empty(text: str) -> str:
     """Return the name of a file, folder or tokenizer; an empty one comes from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("'' will not do; give a name, or leave the flag out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a checkpoint could not hold it
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; rename it") from None
     return text
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from support import UserError
 
+MEETING = 300  # seconds that a process waits for the others to start
+
 
 def rank() -> int:
     """Return the number of this process in the run, from 0."""
@@ -68,7 +70,7 @@ def choose_device(name: str) -> torch.device:
 def connected() -> Iterator[None]:
     """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs.
 
-    Raises UserError if the environment gives this process no place among them.
+    Raises UserError if the environment gives this process no place among them, or another process does not come.
     """
     if rank() >= world_size():
         raise UserError(
@@ -76,8 +78,16 @@ def connected() -> Iterator[None]:
         )
     if world_size() > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING)))
+        except dist.DistError as error:
+            raise UserError(
+                f"process {rank()} of WORLD_SIZE {world_size()} has waited {MEETING} s for the others: "
+                f"{str(error).partition(chr(10))[0]}; start all of them"
+            ) from None
         # one process may tokenize for long while the others wait
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        day = datetime.timedelta(days=1)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=day)
     yield  # an error leaves the processes connected: `is_lost_process` asks, and disconnecting could wait for ever
     if dist.is_initialized():
         dist.destroy_process_group()

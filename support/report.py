@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import UserError, warn
+from support import warn
 
 COLUMNS = ("pass", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss")
 
@@ -31,7 +31,6 @@ class Reporter:
     pass_len: steps of a pass; tokens_per_step: of the text, in all processes
     output_dir: folder of metrics.csv and loss.png, or None; tensorboard: write event files there too
     device: what the steps run on; silent: report nothing, in all processes but the first
-    Raises UserError if TensorBoard is wanted and not installed.
     """
 
     def __init__(
@@ -57,12 +56,8 @@ class Reporter:
         self.output_dir = None if silent else output_dir
         self.file = self.events = None
         if self.output_dir and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "--tensorboard needs a package that is not installed; pip install tensorboard"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds, and only this flag needs the package
+
             self.events = SummaryWriter(self.output_dir, purge_step=first_step + 1)
         if self.output_dir:
             path = Path(self.output_dir) / "metrics.csv"

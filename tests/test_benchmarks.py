@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import multiprocessing
+import re
 import sys
 from pathlib import Path
 
@@ -212,14 +213,15 @@ def test_runs_that_stand_in_the_csv_are_not_made_again(tmp_path, made, valid, ca
     command += ["--csv", str(table), "--png", str(picture), "--seeds"]
     for seeds in (["0"], ["0", "1"], []):
         learning.benchmark([*command, *seeds])
+        out = capsys.readouterr()
+        assert ("2 curves are in" in out.err) == (len(seeds) == 2)
     assert made == [2, 2, 0] and picture.stat().st_size > 10_000
     rows = learning.read(table)
     assert {(row["variant"], row["seed"]) for row in rows} == {(v, s) for v in ("default", "mem_len 0") for s in "01"}
     assert [int(row["updates"]) for row in rows] == [1, 2] * 4
-    out = capsys.readouterr()
     ends = [float(row["held_out_loss"]) for row in rows if row["variant"] == "mem_len 0" and row["updates"] == "2"]
     last = out.out.splitlines()[-1]
-    assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last and out.err == ""
+    assert last.startswith("| mem_len 0 | 2 | 2 |") and f"| {np.mean(ends):.3f} |" in last
 
     metrics = main.main(["--data", DATA, "--valid", valid, "--train_steps", "2"])  # what "default" and seed 0 mean
     [end] = [row for row in rows if (row["variant"], row["seed"], row["updates"]) == ("default", "0", "2")]
@@ -241,6 +243,24 @@ def test_no_table_mixes_targets(tmp_path, made, valid, capsys):
     held_out = float(learning.read(table)[1]["held_out_loss"])
     assert out.out.splitlines()[-1].startswith(f"| default | 1 | 1 | {held_out:.3f} |") and 8 < held_out < 11
     assert out.err == "learning.py: left out 1 curves that were judged on other targets\n"
+
+
+def test_each_curve_names_its_commit(tmp_path, made, valid, capsys, monkeypatch):
+    """A curve that is in the csv already is told with its commit; so old figures do not pass for new ones."""
+    command = ["--updates", "1", "--data", DATA, "--valid", valid, "--variants", "default"]
+    command += ["--csv", str(tmp_path / "t.csv"), "--png", str(tmp_path / "t.png")]
+    monkeypatch.setattr(learning, "commit", lambda: "abc123")
+    learning.benchmark(command)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(learning, "commit", lambda: "def456")
+    learning.benchmark(command)
+    line = f"learning.py: 1 curves are in {tmp_path}/t.csv already, of commit abc123\n"
+    assert made == [1, 0] and capsys.readouterr().err == line
+
+
+def test_the_commit_is_that_of_git():
+    """Seven digits or more, and a mark if files differ; nothing where there is no git."""
+    assert re.fullmatch(r"([0-9a-f]{7,}(-dirty)?)?", learning.commit())
 
 
 @pytest.mark.parametrize("changed", ["data", "valid"])

@@ -183,8 +183,8 @@ def test_ids_are_small_and_stay_on_the_disk(tmp_path, files):
     """Ids take two bytes where the vocabulary allows it; the arrays are memory-mapped and read-only."""
     text = read(files, tmp_path / "cache")
     assert text.ids.dtype == np.uint16 and isinstance(text.ids.base, np.memmap) and not text.ids.flags.writeable
-    large = VOCAB._replace(size=2**16 + 1, word_start=np.ones(2**16 + 1, dtype=bool), digest="another")
-    assert corpus.read_text(files, TOKENIZER, large, tmp_path / "cache").ids.dtype == np.int32
+    large = VOCAB._replace(size=2**16 + 1, word_start=np.ones(2**16 + 1, dtype=bool))
+    assert corpus.read_text(files, TOKENIZER, large, tmp_path / "other").ids.dtype == np.int32
 
 
 def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
@@ -368,7 +368,8 @@ def test_a_text_is_tokenized_once(tmp_path, files, monkeypatch):
     assert_same(read(files, tmp_path / "cache"), *plainly(files))
     assert len(calls) == 1
     read(files[::-1], tmp_path / "cache")  # another order
-    corpus.read_text(files, TOKENIZER, VOCAB._replace(digest="another"), tmp_path / "cache")
+    cased = corpus.load_tokenizer("bert-base-cased")
+    corpus.read_text(files, cased, corpus.vocabulary(cased), tmp_path / "cache")
     assert len(calls) == 3
 
 
@@ -382,6 +383,19 @@ def test_another_vocabulary_in_the_same_file(tmp_path):
         vocab = corpus.vocabulary(tokenizer)
         ids.append(corpus.read_text([tmp_path / "text.txt"], tokenizer, vocab, tmp_path / "cache").ids.tolist())
     assert ids == [[4, 5], [1, 0]]
+
+
+def test_a_vocabulary_that_changes_before_it_is_used(tmp_path):
+    """Worker processes read it again: other pieces than those that were loaded make no ids, and nothing is kept."""
+    (tmp_path / "text.txt").write_text("the cat\n")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    tokenizer = corpus.load_tokenizer(tmp_path / "vocab.txt")
+    vocab = corpus.vocabulary(tokenizer)
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces[::-1]))
+    with pytest.raises(ValueError, match="vocab.txt changed while it was read; start again"):
+        corpus.read_text([tmp_path / "text.txt"], tokenizer, vocab, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_caches_of_earlier_versions_stay_valid(tmp_path):

@@ -362,6 +362,12 @@ def test_an_empty_name_is_a_mistake(capsys, name):
     assert_mistake(capsys, [f"--{name}", ""], [f"--{name}: ''", "give a name, or leave the flag out"])
 
 
+@pytest.mark.parametrize("name", ["data", "cache_dir", "tokenizer", "output_dir", "init_checkpoint", "valid"])
+def test_a_name_that_is_not_utf_8_is_a_mistake(capsys, name):
+    """A checkpoint could not hold it, and the run could not go on."""
+    assert_mistake(capsys, [f"--{name}", "caf\udce9"], [f"--{name}: 'caf\\udce9' is not UTF-8; rename it"])
+
+
 ABSURD = [  # a value, and the largest that is allowed
     *((f"--{name} 1{'0' * digits}", 2**20) for name in ("seq_len", "mem_len", "num_predict") for digits in (9, 12)),
     *((f"--{name} {'7' * 20}", 2**20) for name in ("clamp_len", "mask_alpha", "perm_size", "reuse_len")),
@@ -390,6 +396,7 @@ def test_an_absurd_number_gets_one_line(capsys, command, most):
             "--n_layer 1000 --d_model 512 --n_head 8 --d_head 64 --d_inner 2048",
             ["--n_layer 1000", "--d_model 512", "14 GB of weights", "8 GB"],
         ),
+        ("--n_layer 1 --d_model 65536", ["30,522 word pieces", "8 GB of weights", "8 GB"]),
         ("--seq_len 20000 --reuse_len 10000 --perm_size 10000", ["--seq_len 20000", "17 GB of attention", "8 GB"]),
         ("--batch_size 1000", ["--batch_size 1000", "11 GB of attention", "8 GB", "give a smaller"]),
     ],
@@ -401,23 +408,24 @@ def test_what_no_memory_holds_is_a_mistake(capsys, monkeypatch, command, words):
 
 
 def test_the_estimate_of_weights_is_just_below_their_number(monkeypatch):
-    """A shape is refused if and only if the machine lacks memory for 95 to 100 % of the weights of its layers."""
+    """A shape is refused if and only if the machine lacks memory for 95 to 100 % of its weights."""
+    n_token = 500
     args = complete(*"--n_layer 3 --d_model 64 --n_head 4 --d_head 24 --d_inner 80 --seq_len 16".split())
-    model = xlnet.XLNet(2, n_layer=3, d_model=64, n_head=4, d_head=24, d_inner=80)
-    n_bytes = 4 * sum(parameter.numel() for parameter in model.layer.parameters())
+    model = xlnet.XLNet(n_token, n_layer=3, d_model=64, n_head=4, d_head=24, d_inner=80)
+    n_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr(flags, "memory_of_machine", lambda: n_bytes)
-    flags.check_memory(args, 1)
+    flags.check_memory(args, n_token, 1)
     monkeypatch.setattr(flags, "memory_of_machine", lambda: 0.95 * n_bytes)
     with pytest.raises(UserError, match="--d_head 24"):
-        flags.check_memory(args, 1)
+        flags.check_memory(args, n_token, 1)
 
 
 def test_scores_are_counted_for_each_process(monkeypatch):
     """Two processes share the rows of a batch, and each needs memory for its own."""
     monkeypatch.setattr(flags, "memory_of_machine", lambda: 2 * 512**2 * (1 + 5 * 4))
-    flags.check_memory(complete("--batch_size", "2"), 2)
+    flags.check_memory(complete("--batch_size", "2"), 2, 2)
     with pytest.raises(UserError, match="--batch_size 2"):
-        flags.check_memory(complete("--batch_size", "2"), 1)
+        flags.check_memory(complete("--batch_size", "2"), 2, 1)
 
 
 def test_memory_of_this_machine():

@@ -577,6 +577,19 @@ def test_ctrl_c_in_a_terminal(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_during_imports(tmp_path):
+    """No traceback, and the status of a program that Ctrl-C has killed."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, ROOT / "main.py"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
+
+
+@pytest.mark.slow
 def test_a_second_signal_kills():
     """Where the step never ends: the first Ctrl-C waits for it, the second does not."""
     code = (

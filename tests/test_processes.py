@@ -324,6 +324,17 @@ def test_a_place_that_cannot_be_is_a_mistake(monkeypatch, capsys, variables, wor
     assert end.value.code == 2 and words in line
 
 
+def test_a_process_that_never_comes_is_waited_for_some_minutes(monkeypatch, capsys):
+    """Then the others end with one line and status 2; without torchrun nobody else would end them."""
+    monkeypatch.setattr(processes, "MEETING", 0.2)
+    for name, value in (place_of(0, 2) | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        main.main([*SMALL, "--train_steps", "1"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "process 0 of WORLD_SIZE 2 has waited" in line and "start all of them" in line
+
+
 def test_each_process_needs_a_gpu(in_place, monkeypatch):
     """Every process says so, not the ones alone that find none: the first is the one that is heard."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

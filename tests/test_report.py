@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -350,7 +351,8 @@ def test_events_are_what_the_rows_are(tmp_path):
 
 def test_events_need_their_package(tmp_path, monkeypatch, capsys):
     """Without TensorBoard --tensorboard gets one line, status 2."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
     with pytest.raises(SystemExit) as stop:
         main.main(["--output_dir", str(tmp_path), "--tensorboard", "--train_steps", "1"])
     err = capsys.readouterr().err

@@ -55,10 +55,15 @@ def test_ranks_follow_the_text(flags):
 
 @pytest.mark.slow
 def test_it_trains(capsys, tmp_path):
-    """With the flags of main.py: the loss falls from guessing blindly, 10.3, and --resume goes on."""
+    """With the flags of main.py: the loss falls from guessing blindly, 10.3; only the same program goes on with it."""
     argv = [*SMALL, "--output_dir", str(tmp_path)]
     main.main([*argv, "--train_steps", "20"], ReadingOrderLoader)
     main.main([*argv, "--train_steps", "80", "--resume"], ReadingOrderLoader)
-    losses = [float(loss) for loss in re.findall(r"Step cost = (\S+)", capsys.readouterr().out)]
+    with pytest.raises(SystemExit) as end:
+        main.main(["--output_dir", str(tmp_path), "--train_steps", "90", "--resume"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and err.count("\n") == 1
+    assert "the run used ReadingOrderLoader and XLNet, and this program uses Loader and XLNet" in err
+    losses = [float(loss) for loss in re.findall(r"Step cost = (\S+)", out)]
     assert len(losses) == 80
     assert np.mean(losses[:4]) > 9.5 and np.mean(losses[-20:]) < 7
