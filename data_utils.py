@@ -37,6 +37,7 @@ class Row(NamedTuple):
     cuts: np.ndarray  # [n_cuts] int64, in the row's direction: text positions where a sentence begins
     backward: bool
     origin: int = 0  # text position where the row begins
+    number: int = 0  # among all rows of the text, the backward ones last
 
     def cut(self, i: int) -> int:
         """Return the position in the row at which a sentence begins; 0 < cut(0) < cut(1) < ... < row_len."""
@@ -64,8 +65,8 @@ def batchify(ids: np.ndarray, cuts: np.ndarray, n_rows: int, batch_size: int, bi
         begin, end = number * row_len, (number + 1) * row_len
         first_cut, last_cut = np.searchsorted(cuts, (begin + 1, end))
         row_ids, row_cuts = ids[begin:end], cuts[first_cut:last_cut]
-        forward.append(Row(row_ids, row_cuts, backward=False, origin=begin))
-        backward.append(Row(row_ids[::-1], row_cuts[::-1], backward=True, origin=end))
+        forward.append(Row(row_ids, row_cuts, backward=False, origin=begin, number=number))
+        backward.append(Row(row_ids[::-1], row_cuts[::-1], backward=True, origin=end, number=n_forward + number))
 
     turns = []
     for first in range(0, n_forward, forward_batch):
@@ -92,11 +93,34 @@ def default_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int, re
     return batch_size * min(MAX_TURNS, max(1, turns))
 
 
-def members_of_process(batch_size: int, bi_data: bool, rank: int, world_size: int) -> list[int]:
-    """Return which of a turn's batch_size rows one process of world_size takes: equal parts of each direction."""
+def evaluation_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int, reuse_len: int) -> tuple[int, int]:
+    """Return how many rows a validation text is cut into, and how many of them are evaluated together.
+
+    The first depends on the text and the window alone, so that losses of different batch sizes compare: a power of two,
+    such that every row has at least TURN_WINDOWS windows. The second is the largest power of two that batch_size
+    allows; with bi_data both count each row twice.
+    """
     directions = 2 if bi_data else 1
-    members = np.arange(batch_size).reshape(directions, world_size, -1)
-    return members[:, rank].ravel().tolist()
+    turns = n_tokens // (seq_len + (TURN_WINDOWS - 1) * reuse_len)
+    n_forward = power_of_two(min(MAX_TURNS, max(1, turns)))
+    together = min(n_forward, power_of_two(batch_size // directions))
+    return directions * n_forward, directions * together
+
+
+def power_of_two(n: int) -> int:
+    """Return the largest power of two that is not above n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def members_of_process(batch_size: int, bi_data: bool, rank: int, world_size: int) -> list[int]:
+    """Return which of a turn's batch_size rows one process of world_size takes: the same share of each direction.
+
+    Shares are equal if world_size divides the rows of a direction; otherwise the first processes take more, and the
+    last ones may have none.
+    """
+    forward_batch = batch_size // 2 if bi_data else batch_size
+    forward = np.array_split(np.arange(forward_batch), world_size)[rank].tolist()
+    return forward + [forward_batch + member for member in forward] if bi_data else forward
 
 
 # ---------------------------------------------------------------- windows
@@ -363,8 +387,8 @@ class Loader:
         turn     0  1  0  1  0
         window   0  0  1  1  2
 
-    The row at place m of a batch depends on the text, the seed, the step and m, and on nothing else. So batches can be
-    made in any order, and by any number of processes.
+    What a row gives at a step depends on the text, the seed, the row and the number of its visits before, and on
+    nothing else. So batches can be made in any order, and by any number of processes.
 
     text: its ids and sentence boundaries; vocab: the Vocabulary of the ids
     n_rows: a multiple of batch_size; both count forward and backward rows
@@ -409,12 +433,15 @@ class Loader:
         return step % len(self.turns)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Return the batch of a step: the examples of its rows, stacked along a last axis, bsz."""
+        """Return the batch of a step: the examples of its rows, stacked along a last axis, bsz; {} without members."""
+        if not self.members:
+            return {}
         rows, window = self.turns[self.turn(step)], step % self.pass_len // len(self.turns)
         examples = []
         for member in self.members:
-            rng = np.random.default_rng([self.seed, step, member])
-            examples.append(self.example(rows[member], window, rng))
+            row = rows[member]
+            rng = np.random.default_rng([self.seed, step // len(self.turns), row.number])
+            examples.append(self.example(row, window, rng))
         return {
             name: torch.from_numpy(np.stack([example[name] for example in examples], axis=-1)) for name in examples[0]
         }
@@ -437,12 +464,13 @@ class Loader:
 
 def prefetch(loader: Loader, steps: range, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the batch of each step, on the device; a thread makes the next one while the caller uses this one."""
+    copies_at_leisure = device.type in ("cuda", "xpu")  # from pinned memory, while the thread goes on
 
     def make(step):
         batch = loader.batch(step)
-        if device.type == "cpu":
-            return batch
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+        if copies_at_leisure:
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=copies_at_leisure) for name, tensor in batch.items()}
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = deque(thread.submit(make, step) for step in steps[:1])

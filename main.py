@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import xlnet
-from data_utils import Loader, default_rows, members_of_process, prefetch
-from support import UserError, checkpoint, corpus, flags, processes, warn
+from data_utils import Loader, default_rows, evaluation_rows, members_of_process, prefetch
+from support import UserError, checkpoint, corpus, flags, hub, processes, warn
 from support.checkpoint import TrainingState
 from support.report import Reporter
 from xlnet import XLNet, prediction_loss
@@ -37,6 +37,7 @@ from xlnet import XLNet, prediction_loss
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
 PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
 SIGPIPE = 13  # the number that a shell gives a reader who has gone; Windows lacks the name
+MOST_STEPS_UNSAVED = 1000  # by default
 MANY_UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
 
 
@@ -66,11 +67,13 @@ class Run:
     tokenizer: corpus.Tokenizer
     vocab: corpus.Vocabulary
     text: corpus.Text
+    valid_text: corpus.Text | None
     loader: Loader
     valid_loader: Loader | None
     model: XLNet
     device: torch.device
     state: TrainingState | None  # of the checkpoint from which the run goes on
+    source: str | None  # the folder of this checkpoint, or of the initial weights
 
     @property
     def first_step(self) -> int:
@@ -107,8 +110,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     checkpoint.SaveError.
     """
     args, loader, model, device = run.args, run.loader, run.model, run.device
-    save_steps = args.save_steps or loader.pass_len
-    eval_steps = args.eval_steps or loader.pass_len
+    save_steps, eval_steps = intervals(run)
     distributed = processes.world_size() > 1
     network = DistributedDataParallel(model) if distributed else model
     optimizer = make_optimizer(model, args)
@@ -121,6 +123,10 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
 
     batches = prefetch(loader, range(run.first_step, run.last_step), device)
     with contextlib.closing(batches), processes.stop_signals() as received_signal:
+        if run.valid_loader is not None and args.init_checkpoint and run.state is None:
+            validation_loss = evaluate(model, run.valid_loader, device, args.bf16, received_signal)
+            if validation_loss is not None:  # with a signal the first step is the last one
+                reporter.validation(validation_loss)
         for step in range(run.first_step, run.last_step):
             reporter.begin_step()
             done = step + 1
@@ -130,7 +136,8 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             update, is_update = step // args.grad_accum_steps, done % args.grad_accum_steps == 0
             learning_rate = get_lr(update, args, run.total_updates)
 
-            batch, turn = next(batches), loader.turn(step)
+            with reporter.waiting_for_data():
+                batch, turn = next(batches), loader.turn(step)
             target, target_mask = batch.pop("target"), batch.pop("target_mask")
             holds_back = distributed and not is_update  # processes exchange gradients once an update
             with network.no_sync() if holds_back else contextlib.nullcontext():
@@ -148,10 +155,11 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             if is_update:
                 norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)
                 finite = loss.isfinite() & norm.isfinite()
-                optimizer.found_inf = (~finite).float()  # 1: fused AdamW skips the update
+                optimizer.found_inf = (~finite).float()  # 1: fused AdamW skips the update, and nobody waits for it
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                optimizer.step()
+                if optimizer.defaults["fused"] or finite:
+                    optimizer.step()
                 optimizer.zero_grad()
                 metrics |= {"learning_rate": learning_rate, "gradient_norm": norm}
 
@@ -174,6 +182,16 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             yield metrics
 
 
+def intervals(run: Run) -> tuple[int, int]:
+    """Return the numbers of steps between checkpoints and between evaluations."""
+    pass_len = run.loader.pass_len
+    save_steps = min(pass_len, MOST_STEPS_UNSAVED)
+    eval_steps = save_steps
+    if run.valid_loader is not None:  # an evaluation takes as long as a third of its steps in training
+        eval_steps = min(pass_len, max(MOST_STEPS_UNSAVED, 5 * run.valid_loader.pass_len))
+    return run.args.save_steps or save_steps, run.args.eval_steps or eval_steps
+
+
 @torch.no_grad()
 def evaluate(
     model: XLNet,
@@ -187,20 +205,23 @@ def evaluate(
     Each process evaluates its share of the rows. A signal between two batches ends the evaluation, without a result.
     """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of targets
+    sums = []  # of losses and of targets, in each batch: [2]
     memory = [None] * len(loader.turns)
     for step, batch in enumerate(prefetch(loader, range(loader.pass_len), device)):
         turn = loader.turn(step)
-        target, target_mask = batch.pop("target"), batch.pop("target_mask")
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits, memory[turn] = model(**batch, mems=memory[turn])
-        n_target = target_mask.sum()
-        sums += torch.stack([prediction_loss(logits, target, target_mask) * n_target, n_target])
+        if batch:
+            target, target_mask = batch.pop("target"), batch.pop("target_mask")
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits, memory[turn] = model(**batch, mems=memory[turn])
+            n_target = target_mask.sum()
+            sums.append(torch.stack([prediction_loss(logits, target, target_mask) * n_target, n_target]))
         if received_signal():
             model.train()
             return None
     model.train()
-    loss_sum, n_target = processes.sum_over_processes(sums).tolist()
+    # added on the CPU, as not every accelerator has float64
+    total = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
+    loss_sum, n_target = processes.sum_over_processes(total).tolist()
     return loss_sum / max(1, n_target)
 
 
@@ -234,7 +255,8 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
         {"params": not_decayed, "weight_decay": 0.0},
     ]
     # `train` sets the learning rate of each update, and relies on the found_inf of the fused form.
-    return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=True)
+    fused = processes.fused_adamw_skips(next(model.parameters()).device)
+    return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=fused)
 
 
 def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:
@@ -289,9 +311,11 @@ def prepare(
     Raises UserError for any mistake.
     """
     args, state, source = read_flags(argv)
-    if args.output_dir:
+    if args.output_dir and not args.eval_only:
         checkpoint.open_output_dir(args.output_dir, source if state is not None else None)
     device = processes.choose_device(args.device)
+    if args.bf16:
+        processes.check_bf16(device)
     try:
         tokenizer = corpus.load_tokenizer(args.tokenizer)
         vocab = corpus.vocabulary(tokenizer)
@@ -300,19 +324,27 @@ def prepare(
     flags.check_memory(args, vocab.size, processes.world_size())
 
     text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
-    if args.rows is None:
-        args.rows = default_rows(len(text.ids), args.batch_size, args.bi_data, args.seq_len, args.reuse_len)
-    loader = make_loader("data", args.data, text, vocab, args, args.rows, args.seed, loader_class)
-    valid_loader = None
-    if args.valid:
+    valid_text = None
+    if args.valid and flags.share(args.valid) is None:
         valid_text = corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
-        valid_loader = make_loader("valid", [args.valid], valid_text, vocab, args, args.batch_size, 0, loader_class)
+    elif args.valid:
+        text, valid_text = hold_out(text, args)
+    window = args.bi_data, args.seq_len, args.reuse_len
+    if args.rows is None:
+        args.rows = default_rows(len(text.ids), args.batch_size, *window)
+    name = f"data {list_files(args.data)}"
+    loader = make_loader(name, text, vocab, args, args.rows, args.batch_size, args.seed, loader_class)
+    valid_loader = None
+    if valid_text is not None:
+        n_rows, together = evaluation_rows(len(valid_text.ids), args.batch_size, *window)
+        name = f"valid {args.valid}"
+        valid_loader = make_loader(name, valid_text, vocab, args, n_rows, together, 0, loader_class)
 
     torch.manual_seed(args.seed)
     model = make_model(args, vocab, source, model_class).to(device)
     if args.compile:
         model.compile(dynamic=False)  # memory grows in a few steps only
-    run = Run(args, tokenizer, vocab, text, loader, valid_loader, model, device, state)
+    run = Run(args, tokenizer, vocab, text, valid_text, loader, valid_loader, model, device, state, source)
     check_run(run)
     if state is not None:
         checkpoint.check(state, source, model, make_optimizer(model, args), shapes_of_memory(run))
@@ -339,11 +371,6 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
     args, state, source = given, None, None
     if given.resume is not None:
         source, state = checkpoint.find(given.resume, given.output_dir)
-        n_processes = len(state.processes)
-        if n_processes != processes.world_size():
-            raise UserError(
-                f"--resume: the run had {n_processes} processes and now has {processes.world_size()}; start as many"
-            )
         checkpoint.check_flags(state, source, flags.parse)
         args = flags.parse(argv, state.flags, source)
         is_saved = args.tokenizer == state.flags.get("tokenizer") and args.tokenizer not in corpus.TOKENIZERS
@@ -353,15 +380,26 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
         if given.output_dir is None:  # the run goes on in the folder of its checkpoint
             args.output_dir = os.path.dirname(os.path.abspath(source))
     elif given.init_checkpoint:
-        source = given.init_checkpoint
-        args = flags.parse(argv, flags_of_model(source), source)
+        source = find_model(given.init_checkpoint)
+        args = flags.parse(argv, *flags_of_model(source))
     flags.fill_defaults(args, processes.world_size())
     flags.check(args, processes.world_size())
     return args, state, source
 
 
-def flags_of_model(source: str) -> dict[str, Any]:
-    """Return the flags that a model fixes: its shape, and its vocabulary if it has one."""
+def find_model(name: str) -> str:
+    """Return the folder of a model: of a checkpoint, of the newest one in a run's folder, or of a name at the hub."""
+    if not os.path.isdir(name):
+        return hub.fetch(name, check=flags_of_model)
+    newest = checkpoint.checkpoints(name)[:1]
+    return str(newest[0]) if newest else name
+
+
+def flags_of_model(source: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return the flags that a model fixes, its folder, and the flags that a command line may change.
+
+    Fixed are the shape, and the vocabulary if there is one. Dropout may change.
+    """
     try:
         config = xlnet.read_config(source)
     except (OSError, ValueError) as error:
@@ -369,26 +407,44 @@ def flags_of_model(source: str) -> dict[str, Any]:
     fixed = {name: config[name] for name in SHAPE if name in config}
     if corpus.find_vocabulary(Path(source)) is not None:
         fixed["tokenizer"] = source
-    return fixed
+    suggested = {}
+    if "dropout" in config:  # transformers has one rate for both
+        suggested = {"dropout": config["dropout"], "dropatt": config.get("dropatt", config["dropout"])}
+    return fixed, source, suggested
+
+
+def hold_out(text: corpus.Text, args: argparse.Namespace) -> tuple[corpus.Text, corpus.Text]:
+    """Return the text to train on and the last documents, the share that --valid asks for; warn if it is another."""
+    try:
+        text, valid_text = corpus.split_off_end(text, flags.share(args.valid))
+    except ValueError as error:
+        raise UserError(f"--valid {args.valid}: --data {list_files(args.data)} {error}") from None
+    got = len(valid_text.ids) / (len(text.ids) + len(valid_text.ids))
+    if not 0.5 < got / flags.share(args.valid) < 2:
+        warn(f"--valid {args.valid}: documents are whole, so {got:.2g} of the text is held out")
+    return text, valid_text
 
 
 def make_loader(
-    flag: str,
-    paths: list[str],
+    name: str,
     text: corpus.Text,
     vocab: corpus.Vocabulary,
     args: argparse.Namespace,
     n_rows: int,
+    batch_size: int,
     seed: int,
     loader_class: type[Loader],
 ) -> Loader:
-    """Return the loader of this process's share of a text; raise UserError if the text is too short."""
+    """Return the loader of this process's share of a text; raise UserError if it is too short.
+
+    name: of the text in messages, such as "data my.txt"
+    """
     try:
         return loader_class(
             text,
             vocab,
             n_rows=n_rows,
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             bi_data=args.bi_data,
             seq_len=args.seq_len,
             reuse_len=args.reuse_len,
@@ -397,10 +453,10 @@ def make_loader(
             mask_alpha=args.mask_alpha,
             mask_beta=args.mask_beta,
             seed=seed,
-            members=members_of_process(args.batch_size, args.bi_data, processes.rank(), processes.world_size()),
+            members=members_of_process(batch_size, args.bi_data, processes.rank(), processes.world_size()),
         )
     except ValueError as error:
-        raise UserError(f"--{flag} {list_files(paths)} {error}") from None
+        raise UserError(f"--{name} {error}") from None
 
 
 def make_model(
@@ -435,7 +491,7 @@ def make_model(
         return model_class.from_pretrained(source, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
         flag = "resume" if args.resume is not None else "init_checkpoint"
-        raise UserError(f"--{flag} {source}: {error}; give the folder of an XLNet that fits") from None
+        raise UserError(f"--{flag} {source}: {error}; give an XLNet that fits") from None
 
 
 def check_run(run: Run) -> None:
@@ -448,11 +504,14 @@ def check_run(run: Run) -> None:
         )
     if state is None:
         return
-    advice = "has changed since the run began; give the old one, or start anew in another --output_dir"
+    advice = "give the old one, or start anew in another --output_dir"
     if state.vocabulary != run.vocab.digest:
-        raise UserError(f"--tokenizer {args.tokenizer}: the vocabulary {advice}")
+        raise UserError(f"--tokenizer {args.tokenizer}: the vocabulary has changed since the run began; {advice}")
     if state.text != run.text.digest:
-        raise UserError(f"--data {list_files(args.data)}: the text {advice}")
+        raise UserError(
+            f"--data {list_files(args.data)}: the text has changed since the run began, or the share of it that "
+            f"--valid takes; {advice}"
+        )
     if state.variant != run.variant:
         raise UserError(
             f"--resume: the run used {' and '.join(map(str, state.variant))}, and this program uses "
@@ -484,6 +543,7 @@ def make_reporter(run: Run, silent: bool = False) -> Reporter:
         output_dir=run.args.output_dir,
         tensorboard=run.args.tensorboard,
         silent=silent or processes.rank() > 0,
+        log_steps=run.args.log_steps,
     )
 
 
@@ -498,11 +558,15 @@ def describe(run: Run, entropy: float) -> str:
             f"its own, see the README"
         )
     files = list_files([Path(path).name for path in run.args.data])
-    return (
+    n_windows = run.loader.pass_len * run.args.batch_size
+    line = (
         f"XLNet of {n_parameters:,} parameters on {run.device.type}; {files}: {n_tokens:,} tokens, "
-        f"{unknown:.1%} unknown, unigram entropy {entropy:.3f}; {run.loader.pass_len} windows a pass, "
+        f"{unknown:.1%} unknown, unigram entropy {entropy:.3f}; {n_windows} windows a pass, "
         f"{run.total_updates:,} updates"
     )
+    if run.valid_text is not None:
+        line += f"; validation: {len(run.valid_text.ids):,} tokens"
+    return line
 
 
 def what_processes_share(run: Run) -> dict[str, Any]:
@@ -520,10 +584,14 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
         run = processes.together(lambda: prepare(argv, loader_class, model_class))
         processes.check_same(what_processes_share(run))
         entropy = corpus.unigram_entropy(run.text.counts)
+        if run.args.eval_only:
+            return evaluate_only(run, entropy)
         if run.args.output_dir and processes.rank() == 0:
             checkpoint.set_aside(run.args.output_dir, run.first_step)
         with contextlib.closing(make_reporter(run)) as reporter:
             reporter.line(describe(run, entropy))
+            if run.state is not None:
+                reporter.line(f"Going on from {run.source}, after step {run.first_step} of {run.last_step}")
             for _ in train(run, reporter):
                 pass
             last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
@@ -532,11 +600,27 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
                 f"Mean cost of pass {last_pass + 1}: {mean_loss:.3f}; of guessing by word frequency: {entropy:.3f}, "
                 f"of guessing blindly: {math.log(run.vocab.size):.3f}"
             )
+            saved = f"The model is in {run.args.output_dir}/checkpoint-{run.last_step}"
+            reporter.line(
+                saved if run.args.output_dir else "Nothing is saved; --output_dir saves the model in a folder"
+            )
     return reporter.last | {"updates": run.total_updates, "mean_loss": mean_loss, "unigram_entropy": entropy}
+
+
+def evaluate_only(run: Run, entropy: float) -> dict[str, Any]:
+    """Print the loss of a model on the validation text, and return it as `main` does."""
+    with contextlib.closing(make_reporter(run)) as reporter, processes.stop_signals() as received_signal:
+        reporter.line(describe(run, entropy))
+        loss = evaluate(run.model, run.valid_loader, run.device, run.args.bf16, received_signal)
+        if loss is None:
+            raise Stopped(received_signal(), run.first_step, None)
+        reporter.validation(loss)
+    return {"validation_loss": loss, "unigram_entropy": entropy}
 
 
 def end(status: int, message: str) -> NoReturn:
     """End the program with a line on stderr, once a machine, and an exit status."""
+    processes.tell_torchrun(message)
     warn(message)
     sys.exit(status)
 

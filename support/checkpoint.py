@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -31,6 +32,7 @@ from support import UserError, processes, warn
 from support.corpus import sha256
 
 NEEDED = {"model.safetensors", "trainer_state.pt"}
+OF_PROCESS = ("gradients", "torch_rng", "device", "device_rng")
 LOCKS: dict[tuple[int, int], FileLock] = {}  # of the folders that this process writes to, held until it ends
 
 
@@ -46,7 +48,7 @@ class TrainingState:
     pass_loss: float  # sum of the losses of this pass
     memory: list[torch.Tensor | None]  # of each turn of rows: [n_layer, mlen, batch_size, d_model]; None before any
     optimizer: dict[str, Any]  # AdamW's state_dict; the state of a parameter that was never updated is None
-    processes: list[dict[str, Any]]  # of each: gradients (of a half done accumulation), torch_rng, cuda_rng
+    processes: list[dict[str, Any]]  # of each: gradients (of a half done accumulation), torch_rng, device, device_rng
     flags: dict[str, Any]  # of the command line, by name; paths are absolute
     text: str  # digest of the text
     vocabulary: str  # digest of the vocabulary
@@ -77,7 +79,8 @@ def collect(
         "memory": [None if mems is None or mems[0] is None else torch.stack(mems).cpu() for mems in memory],
         "gradients": [None if p.grad is None else p.grad.cpu() for p in model.parameters()],
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        "device": device.type,
+        "device_rng": device_rng_state(device),
     }
     parts = processes.gather(own)
     if parts is None:
@@ -89,12 +92,17 @@ def collect(
         pass_loss=pass_loss,
         memory=[join_rows(parts, turn) for turn in range(len(memory))],
         optimizer=moments,
-        processes=[{name: part[name] for name in ("gradients", "torch_rng", "cuda_rng")} for part in parts],
+        processes=[{name: part[name] for name in OF_PROCESS} for part in parts],
         flags=flags,
         text=text,
         vocabulary=vocabulary,
         variant=variant,
     )
+
+
+def device_rng_state(device: torch.device) -> torch.Tensor | None:
+    """Return the random state of an accelerator, None for a CPU, whose state PyTorch keeps by itself."""
+    return None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
 
 
 def join_rows(parts: list[dict[str, Any]], turn: int) -> torch.Tensor | None:
@@ -116,19 +124,34 @@ def restore(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> list[list[torch.Tensor] | None]:
-    """Set optimizer, gradients and random states as `collect` found them; return the memory of this process's rows."""
+    """Set optimizer, gradients and random states as `collect` found them; return the memory of this process's rows.
+
+    Another number of processes than before draws other dropout, and each takes the mean of all gradients.
+    """
     moments = {number: each for number, each in state.optimizer["state"].items() if each is not None}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    own = state.processes[processes.rank()]
-    for parameter, gradient in zip(model.parameters(), own["gradients"], strict=True):
+    if len(state.processes) == processes.world_size():
+        own = state.processes[processes.rank()]
+        gradients = own["gradients"]
+        torch.set_rng_state(own["torch_rng"])
+        if own["device"] == device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(own["device_rng"])
+    else:
+        of_processes = [each["gradients"] for each in state.processes]
+        gradients = [mean_gradient(of_one) for of_one in zip(*of_processes, strict=True)]
+        seed = np.random.SeedSequence([state.flags["seed"], state.step, processes.rank()])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = None if gradient is None else gradient.to(device)
-    torch.set_rng_state(own["torch_rng"])
-    if device.type == "cuda" and own["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(own["cuda_rng"])
     memory = []
     for mems in state.memory:
         memory.append(None if mems is None else list(mems[:, :, members].to(device)))
     return memory
+
+
+def mean_gradient(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return the mean of one parameter's gradients in all processes, which exchange them once an update."""
+    return None if any(gradient is None for gradient in gradients) else torch.stack(gradients).mean(dim=0)
 
 
 def open_output_dir(output_dir: str, source: str | None) -> None:
@@ -341,6 +364,8 @@ def load(checkpoint: Path) -> TrainingState:
     refuse_misfit(misfit(values, types), checkpoint)
     if values["step"] < 0:
         refuse_misfit("['step']", checkpoint)
+    if not values["processes"]:
+        refuse_misfit("['processes']", checkpoint)
     if not all(type(name) is str for name in values["flags"]):
         refuse_misfit("['flags']", checkpoint)
     return TrainingState(**values)
@@ -387,16 +412,21 @@ def check(
     for number, parameter in enumerate(parameters):
         of_parameter = Array(parameter.shape)
         moments[number] = OrNone({"step": Array(()), "exp_avg": of_parameter, "exp_avg_sq": of_parameter})
-    on_gpu = parameters[0].device.type == "cuda"
-    process = {
-        "gradients": [OrNone(Array(parameter.shape)) for parameter in model.parameters()],
-        "torch_rng": Array(torch.get_rng_state().shape, torch.uint8),
-        "cuda_rng": OrNone(Array(torch.cuda.get_rng_state().shape, torch.uint8) if on_gpu else torch.Tensor),
-    }
+    gradients = [OrNone(Array(parameter.shape)) for parameter in model.parameters()]
+    of_processes = []
+    for found in state.processes:
+        of_processes.append(
+            {
+                "gradients": gradients,
+                "torch_rng": Array(torch.get_rng_state().shape, torch.uint8),
+                "device": str,
+                "device_rng": expected_rng(found, parameters[0].device),
+            }
+        )
     expected = {
         "memory": [Value(None) if shape is None else Array(shape) for shape in memory],
         "optimizer": {"state": moments, "param_groups": groups},
-        "processes": [process] * processes.world_size(),
+        "processes": of_processes,
     }
     saved_groups = state.optimizer.get("param_groups")
     if type(saved_groups) is list and all(type(group) is dict for group in saved_groups):  # their other entries vary
@@ -407,6 +437,16 @@ def check(
         "processes": state.processes,
     }
     refuse_misfit(misfit(found, expected), checkpoint)
+
+
+def expected_rng(process: Any, device: torch.device) -> Any:
+    """Return what `misfit` expects as the random state of an accelerator, in the state of one process."""
+    kind = process.get("device") if type(process) is dict else None
+    if kind == "cpu":
+        return Value(None)
+    if kind == device.type:
+        return Array(device_rng_state(device).shape, torch.uint8)
+    return torch.Tensor  # of an accelerator that this run does not use
 
 
 def refuse_misfit(entry: str | None, checkpoint: str | Path) -> None:

@@ -51,6 +51,7 @@ TOKENIZERS = {  # the large models were published with the vocabulary of the bas
 }
 CHUNK = 2**20  # characters read and encoded together
 WORDS = 2**16  # distinct words whose ids a worker process remembers
+CACHED = ("ids", "begins", "documents")  # the arrays of a text on the disk
 LONG_LINES = 10_000  # mean characters of a line; with more, a text can hardly have a sentence on each line
 
 
@@ -398,8 +399,35 @@ class Text(NamedTuple):
 
     ids: np.ndarray  # [n_tokens] uint16, or int32 if the vocabulary needs it
     cuts: np.ndarray  # [n_sentences - 1] int64, ascending: where every sentence but the first begins
+    documents: np.ndarray  # [n_documents - 1] int64, ascending: where every document but the first begins
     counts: np.ndarray  # [size of the vocabulary] int64: how often each id occurs
-    digest: str  # of the content of its files and of the vocabulary
+    digest: str  # of the content of its files and of the vocabulary, and of the part if it is one
+
+
+def split_off_end(text: Text, share: float) -> tuple[Text, Text]:
+    """Return a text without its last documents, and these: as near to a share of its tokens as documents allow.
+
+    Raises ValueError if the text is one document.
+    """
+    if len(text.documents) == 0:
+        raise ValueError("is one document, of which no part can be held out; put blank lines between its documents")
+    nearest = np.abs(text.documents - (1 - share) * len(text.ids)).argmin()
+    place = int(text.documents[nearest])
+    end = Text(
+        ids=text.ids[place:],
+        cuts=text.cuts[np.searchsorted(text.cuts, place, side="right") :] - place,
+        documents=text.documents[nearest + 1 :] - place,
+        counts=np.bincount(text.ids[place:], minlength=len(text.counts)),
+        digest=f"{text.digest}, from token {place}",
+    )
+    begin = Text(
+        ids=text.ids[:place],
+        cuts=text.cuts[: np.searchsorted(text.cuts, place)],
+        documents=text.documents[:nearest],
+        counts=text.counts - end.counts,
+        digest=f"{text.digest}, to token {place}",
+    )
+    return begin, end
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -420,7 +448,8 @@ def load_text(flag: str, paths: list[str], cache_dir: str, tokenizer: Tokenizer,
             if error.filename in paths:
                 raise
             warn(f"--cache_dir {cache_dir}: {error.strerror}; the text will be tokenized at every start")
-            with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
+            # mapped files outlive their names, or on Windows cannot be deleted
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 return read_text(paths, tokenizer, vocab, folder)
     except OSError as error:
         if error.filename in paths:
@@ -501,19 +530,22 @@ def fill_cache(
 def open_text(folder: Path) -> Text | None:
     """Return the Text that `tokenize` wrote into a folder, or None if the folder is missing or damaged.
 
-    Lengths and checksums must be those of about.json; a cache of an earlier version has no checksums.
+    Lengths and checksums must be those of about.json. A cache of an earlier version, without the starts of documents,
+    counts as damaged.
     """
     try:
         summary = json.loads((folder / "about.json").read_text())
         ids = np.memmap(folder / "ids", summary["dtype"], mode="r")
         sentence_starts = np.memmap(folder / "begins", np.int64, mode="r")
-        if len(ids) != sum(summary["counts"]) or len(sentence_starts) != summary["sentences"]:
+        document_starts = np.memmap(folder / "documents", np.int64, mode="r")
+        if len(ids) != sum(summary["counts"]):
             return None
-        if any(sha256(folder / name) != digest for name, digest in summary.get("sha256", {}).items()):
+        if any(sha256(folder / name) != summary["sha256"][name] for name in CACHED):
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Text(np.asarray(ids), np.asarray(sentence_starts[1:]), np.array(summary["counts"]), folder.name)
+    arrays = (np.asarray(array) for array in (ids, sentence_starts[1:], document_starts[1:]))
+    return Text(*arrays, np.array(summary["counts"]), folder.name)
 
 
 def tokenize(
@@ -521,8 +553,9 @@ def tokenize(
 ) -> None:
     """Tokenize files, on all cores, into a folder.
 
-    Writes ids ([n_tokens], uint16 or int32), begins ([n_sentences] int64, where each sentence begins) and about.json:
-    the type of the ids, the number of sentences, how often each id occurs, and the checksums of the two files.
+    Writes ids ([n_tokens], uint16 or int32), begins and documents ([n_sentences] and [n_documents] int64, where each
+    sentence and each document begins) and about.json: the type of the ids, how often each id occurs, and the checksums
+    of the three files.
 
     digests: of the files; they must still have them
     Raises ValueError if a file is not a text or a worker process was killed.
@@ -537,35 +570,35 @@ def tokenize(
     )
     encode = joblib.delayed(encode_chunk)
     encoded_chunks = parallel(
-        encode(chunk, continues_line, tokenizer.vocab_file, vocab.digest, vocab.eod_id)
-        for chunk, continues_line in read_chunks(paths, digests, progress)
+        encode(chunk, tokenizer.vocab_file, vocab.digest, vocab.eod_id)
+        for chunk in read_chunks(paths, digests, progress)
     )
 
     counts = np.zeros(vocab.size, dtype=np.int64)
-    n_sentences = 0
     with (
         open(folder / "ids", "wb") as ids_file,
         open(folder / "begins", "wb") as begins_file,
+        open(folder / "documents", "wb") as documents_file,
         progress,
         contextlib.closing(encoded_chunks),
     ):
         try:
-            for ids, sentence_starts in encoded_chunks:
+            for ids, sentence_starts, document_starts in encoded_chunks:
                 n_tokens_before = counts.sum()
                 ids_file.write(ids.astype(dtype))
                 begins_file.write(n_tokens_before + sentence_starts)
+                documents_file.write(n_tokens_before + document_starts)
                 counts += np.bincount(ids, minlength=vocab.size)
-                n_sentences += len(sentence_starts)
         except BrokenProcessPool:
             raise ValueError(
                 f"{paths[0]}: one of {n_workers} processes that tokenize was killed, perhaps for want of memory; "
                 f"set LOKY_MAX_CPU_COUNT=1 for one process"
             ) from None
-        for file in (ids_file, begins_file):
+        for file in (ids_file, begins_file, documents_file):
             file.flush()
             os.fsync(file.fileno())
-    checksums = {name: sha256(folder / name) for name in ("ids", "begins")}
-    summary = {"dtype": dtype.name, "sentences": n_sentences, "counts": counts.tolist(), "sha256": checksums}
+    checksums = {name: sha256(folder / name) for name in CACHED}
+    summary = {"dtype": dtype.name, "counts": counts.tolist(), "sha256": checksums}
     (folder / "about.json").write_text(json.dumps(summary))
 
 
@@ -586,10 +619,16 @@ class HashingFile(io.FileIO):
         return n_bytes
 
 
-def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: tqdm) -> Iterator[tuple[str, bool]]:
-    """Yield the text of files in chunks, each with whether its first line continues a line of the chunk before.
+class Chunk(NamedTuple):
+    """A part of a text, and what its first line needs to know of the chunk before."""
 
-    Between two files there is a blank line.
+    text: str
+    continues_line: bool  # the first line began in the chunk before
+    begins_document: bool  # the line before the first one is blank, or there is none
+
+
+def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: tqdm) -> Iterator[Chunk]:
+    """Yield the text of files in chunks. Between two files there is a blank line.
 
     digests: sha256 of each file
     progress: a bar that counts bytes
@@ -599,7 +638,7 @@ def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: t
         yield from read_chunks_of_file(path, digest, "" if i == 0 else "\n", progress)
 
 
-def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tqdm) -> Iterator[tuple[str, bool]]:
+def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tqdm) -> Iterator[Chunk]:
     """Yield a prefix and the text of one file in chunks, as `read_chunks` does.
 
     A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit. A line ends at a line
@@ -608,6 +647,7 @@ def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tq
     """
     text = prefix  # read, and not yet yielded
     at_end = continues_line = holds_text = False
+    begins_document = True
     n_characters = n_line_ends = 0
     with HashingFile(path) as raw:
         file = io.TextIOWrapper(io.BufferedReader(raw, CHUNK), encoding="utf-8-sig", newline="\n")
@@ -620,7 +660,10 @@ def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tq
             end = len(text) if at_end else chunk_end(text)
             chunk, text = text[:end], text[end:]
             if chunk:
-                yield chunk, continues_line
+                yield Chunk(chunk, continues_line, begins_document)
+                last_line = chunk.removesuffix("\n").rpartition("\n")[2]
+                is_whole_line = not continues_line or "\n" in chunk[:-1]
+                begins_document = is_whole_line and last_line.strip() == ""
                 continues_line = not chunk.endswith("\n")
                 holds_text = holds_text or any(c.isalnum() or c in string.punctuation for c in chunk)
             progress.update(len(new.encode()))
@@ -684,26 +727,29 @@ def end_with(parent: int) -> None:
 
 
 def encode_chunk(
-    chunk: str, continues_line: bool, vocab_file: Path, digest: str, eod_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a chunk, [n] int32, and where in them sentences begin, [n_sentences] int64.
-
-    continues_line: the first line began in the chunk before
-    """
+    chunk: Chunk, vocab_file: Path, digest: str, eod_id: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ids of a chunk, [n] int32, and where in them sentences and documents begin, [n_...] int64."""
     encode = encoder(vocab_file, digest)
     document_end = [] if eod_id is None else [eod_id]
-    ids, sentence_starts = [], []
-    for line in chunk.removesuffix("\n").split("\n"):
+    text, continues_line, begins_document = chunk
+    ids, sentence_starts, document_starts = [], [], []
+    for line in text.removesuffix("\n").split("\n"):
         line = line.strip()
         if line:
             sentence = encode(line)
-        else:  # a blank line, or the blanks at the end of a line that the chunk before has
-            sentence = [] if continues_line else document_end
+            if sentence and begins_document:
+                document_starts.append(len(ids))
+                begins_document = False
+        elif continues_line:  # the blanks at the end of a line that the chunk before has
+            sentence = []
+        else:
+            sentence, begins_document = document_end, True
         if sentence and not continues_line:
             sentence_starts.append(len(ids))
         ids.extend(sentence)
         continues_line = False
-    return np.array(ids, dtype=np.int32), np.array(sentence_starts, dtype=np.int64)
+    return np.array(ids, np.int32), np.array(sentence_starts, np.int64), np.array(document_starts, np.int64)
 
 
 @functools.lru_cache(maxsize=1)

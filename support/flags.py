@@ -16,9 +16,10 @@ from support.corpus import TOKENIZERS
 # Flags that may differ from those of the checkpoint. Text and vocabulary are compared by content. A flag that AdamW
 # keeps in its state must not be here: loading the state would undo a new value.
 MAY_CHANGE = {
-    "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "device", "data", "tokenizer", "valid",
-    "output_dir", "resume", "tensorboard", "cache_dir",
+    "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "eval_only", "log_steps", "device",
+    "data", "tokenizer", "valid", "output_dir", "resume", "tensorboard", "cache_dir",
 }  # fmt: skip
+LEAST_BLOCK = 8  # tokens permuted together by default
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,11 +29,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(argv: list[str] | None, fixed: dict[str, Any] | None = None, source: str = "") -> argparse.Namespace:
-    """Return the flags of a command line; those not given have their default, or the value in `fixed`.
+def parse(
+    argv: list[str] | None,
+    fixed: dict[str, Any] | None = None,
+    source: str = "",
+    suggested: dict[str, Any] | None = None,
+) -> argparse.Namespace:
+    """Return the flags of a command line; those not given have their default, or the value in `fixed` or `suggested`.
+
+    Defaults that depend on other flags are None; see `fill_defaults`.
 
     argv: words of the command line; None = those of this program
-    fixed: flags that a checkpoint fixes, by name; source: the checkpoint, for messages
+    fixed: flags that a checkpoint fixes, by name; suggested: flags that it has; source: the checkpoint, for messages
     Raises UserError for a wrong flag or value, and for a flag that contradicts a fixed one.
     """
     parser = build_parser()
@@ -41,12 +49,15 @@ def parse(argv: list[str] | None, fixed: dict[str, Any] | None = None, source: s
         return args
     if args.num_step is not None or args.train_steps is not None:  # a new end replaces both
         fixed = fixed | {"num_step": None, "train_steps": None}
-    parser.set_defaults(**fixed)
+    parser.set_defaults(**fixed, **(suggested or {}))
     args = parser.parse_args(argv)
     for name, value in fixed.items():
         given = getattr(args, name)
         if given != value and name not in MAY_CHANGE:
-            raise UserError(f"--{name} {given} contradicts {source}, where it is {value}; leave it out")
+            advice = "leave it out"
+            if args.resume is not None:
+                advice += ", or begin another run from its weights with --init_checkpoint and another --output_dir"
+            raise UserError(f"--{name} {given} contradicts {source}, where it is {value}; {advice}")
     return args
 
 
@@ -60,6 +71,43 @@ def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
         args.batch_size = batch_divisor(args, world_size)
     if args.num_step is None and args.train_steps is None:
         args.num_step = 100
+    if args.reuse_len is None:
+        args.reuse_len = args.seq_len // 2
+    if args.perm_size is None:
+        args.perm_size = largest_block(args)
+    if args.num_predict is None:
+        args.num_predict = max(1, min(args.seq_len // 6, most_targets(args)))
+    if args.mem_len is None:
+        args.mem_len = 3 * args.seq_len // 4
+    if args.d_head is None:
+        args.d_head = max(1, args.d_model // args.n_head)
+    if args.learning_rate is None:
+        args.learning_rate = 4e-3
+        if args.init_checkpoint:
+            args.learning_rate = float(f"{1e-3 * (32 / args.d_model) ** (4 / 3):.2g}")
+
+
+def largest_block(args: argparse.Namespace) -> int:
+    """Return the largest perm_size that reuse_len and seq_len allow.
+
+    Raises UserError if that is so small that most tokens would be predicted from left to right.
+    """
+    rest_len = args.seq_len - args.reuse_len
+    block = math.gcd(args.reuse_len, rest_len)
+    if rest_len < 4:  # which `check` refuses
+        return block
+    if block < min(LEAST_BLOCK, args.reuse_len, rest_len):
+        even = args.seq_len + args.seq_len % 2
+        raise UserError(
+            f"--seq_len {args.seq_len} with --reuse_len {args.reuse_len} leaves blocks of {block} tokens to permute; "
+            f"try --seq_len {even} --reuse_len {even // 2}, or give --perm_size"
+        )
+    return block
+
+
+def most_targets(args: argparse.Namespace) -> int:
+    """Return how many targets fit into a window, of which the larger half lies in the first reuse_len tokens."""
+    return min(2 * args.reuse_len, 2 * (args.seq_len - args.reuse_len) + 1)
 
 
 def default_cache_dir() -> str:
@@ -76,7 +124,7 @@ def with_absolute_paths(args: argparse.Namespace) -> dict[str, Any]:
         "data": [os.path.abspath(path) for path in args.data],
         "cache_dir": os.path.abspath(args.cache_dir),
     }
-    if args.valid:
+    if args.valid and share(args.valid) is None:
         paths["valid"] = os.path.abspath(args.valid)
     if args.tokenizer not in TOKENIZERS:
         paths["tokenizer"] = os.path.abspath(args.tokenizer)
@@ -101,11 +149,10 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--perm_size {args.perm_size} must divide --reuse_len {args.reuse_len} and "
             f"--seq_len - --reuse_len = {rest_len}; try {nearest_divisors(args.perm_size, args.reuse_len, rest_len)}"
         )
-    most_targets = min(2 * args.reuse_len, 2 * rest_len + 1)  # the larger half lies in the first reuse_len
-    if args.num_predict > most_targets:
+    if args.num_predict > most_targets(args):
         raise UserError(
             f"--num_predict {args.num_predict} does not fit into --seq_len {args.seq_len} with "
-            f"--reuse_len {args.reuse_len}; give at most {most_targets}"
+            f"--reuse_len {args.reuse_len}; give at most {most_targets(args)}"
         )
     if args.mask_beta > args.mask_alpha:
         raise UserError(
@@ -116,6 +163,12 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--d_model {args.d_model} is odd, and half of the position features are sines; try {args.d_model + 1}"
         )
     divisor = batch_divisor(args, world_size)
+    if args.batch_size % divisor and args.resume is not None:
+        shares = args.batch_size // batch_divisor(args, 1)
+        raise UserError(
+            f"--resume: the run has {shares} rows a step in each direction, which {world_size} processes cannot share "
+            f"evenly; start {nearest_divisors(world_size, shares, shares)} processes"
+        )
     if args.batch_size % divisor:
         raise UserError(
             f"--batch_size {args.batch_size} must be a multiple of {divisor}, for --bi_data {args.bi_data} on "
@@ -141,6 +194,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UserError("--tensorboard needs a package that is not installed; pip install tensorboard")
     if args.eval_steps and not args.valid:
         raise UserError(f"--eval_steps {args.eval_steps} needs --valid; give a validation text")
+    if args.eval_only and not (args.valid and (args.init_checkpoint or args.resume is not None)):
+        raise UserError("--eval_only needs --valid, and --init_checkpoint or --resume; give a text and a model")
 
 
 def check_memory(args: argparse.Namespace, n_token: int, world_size: int) -> None:
@@ -186,6 +241,15 @@ def nearest_divisors(near: int, first: int, second: int) -> str:
     below = [n for n in divisors if n < near]
     above = [n for n in divisors if n > near]
     return " or ".join(str(n) for n in below[-1:] + above[:1])
+
+
+def share(valid: str) -> float | None:
+    """Return the share of the text that --valid asks for, or None if it names a file."""
+    try:
+        value = float(valid)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 and not os.path.exists(valid) else None
 
 
 # ---------------------------------------------------------------- types of values
@@ -311,15 +375,15 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--reuse_len",
         type=TOKENS,
         metavar="N",
-        default=256,
-        help="first tokens of a window, which become memory; the next window begins after them (default: %(default)s)",
+        help="first tokens of a window, which become memory; the next window begins after them (default: half of "
+        "seq_len, 256)",
     )
     group.add_argument(
         "--perm_size",
         type=TOKENS,
         metavar="N",
-        default=256,
-        help="tokens permuted together; must divide reuse_len and seq_len - reuse_len (default: %(default)s)",
+        help="tokens permuted together; must divide reuse_len and seq_len - reuse_len (default: the largest that does, "
+        "256)",
     )
     group.add_argument(
         "--bi_data",
@@ -346,15 +410,13 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--num_predict",
         type=TOKENS,
         metavar="N",
-        default=85,
-        help="tokens predicted in a window (default: %(default)s)",
+        help="tokens predicted in a window (default: a sixth of seq_len, 85)",
     )
     group.add_argument(
         "--mem_len",
         type=number(int, 0, MOST_TOKENS),
         metavar="N",
-        default=384,
-        help="tokens of earlier windows kept as memory, 0 = none (default: %(default)s)",
+        help="tokens of earlier windows kept as memory, 0 = none (default: three quarters of seq_len, 384)",
     )
 
 
@@ -369,7 +431,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         default=4,
         help="attention heads in a layer (default: %(default)s)",
     )
-    group.add_argument("--d_head", type=WIDTH, metavar="N", default=8, help="width of a head (default: %(default)s)")
+    group.add_argument("--d_head", type=WIDTH, metavar="N", help="width of a head (default: d_model / n_head, 8)")
     group.add_argument(
         "--d_model",
         type=number(int, 2, MOST_WIDTH),
@@ -460,8 +522,7 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "--learning_rate",
         type=REAL,
         metavar="N",
-        default=4e-3,
-        help="peak of the schedule (default: %(default)s)",
+        help="peak of the schedule (default: 0.004; with --init_checkpoint 0.001 at width 32, less for wider models)",
     )
     group.add_argument(
         "--weight_decay",
@@ -536,9 +597,10 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps", "xpu"),
         default="auto",
-        help="auto: cuda where there is one, else cpu (default: %(default)s)",
+        help="auto: an accelerator where there is one (cuda; mps: a Mac's; xpu: Intel's), else cpu (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--bf16",
@@ -560,7 +622,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         "--save_steps",
         type=STEPS,
         metavar="N",
-        help="steps between checkpoints; there is one at the end too (default: a pass)",
+        help="steps between checkpoints; there is one at the end too (default: a pass, at most 1000)",
     )
     group.add_argument(
         "--save_total_limit",
@@ -580,20 +642,35 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--init_checkpoint",
         type=not_empty,
-        metavar="DIR",
-        help="start from the weights and shape of a checkpoint or of any Hugging Face XLNet",
+        metavar="MODEL",
+        help="start from the weights, shape and dropout of a checkpoint, of the newest one of a run's folder, of any "
+        "Hugging Face XLNet, or of a name at the hub such as xlnet/xlnet-base-cased",
     )
     group.add_argument(
         "--valid",
         type=not_empty,
         metavar="FILE",
-        help="validation text; its targets are the same at every evaluation (default: none)",
+        help="validation text, or a share such as 0.01: the last documents of --data, which are not trained on; "
+        "targets are the same at every evaluation, and with every batch_size (default: none)",
     )
     group.add_argument(
         "--eval_steps",
         type=STEPS,
         metavar="N",
-        help="steps between evaluations on --valid (default: a pass)",
+        help="steps between evaluations on --valid (default: a pass, at most 1000, and five times the steps of an "
+        "evaluation if that is more)",
+    )
+    group.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="evaluate the model of --init_checkpoint or --resume on --valid, and do nothing else",
+    )
+    group.add_argument(
+        "--log_steps",
+        type=STEPS,
+        metavar="N",
+        default=1,
+        help="steps for each line printed, which tells their mean loss (default: %(default)s)",
     )
     group.add_argument(
         "--tensorboard",

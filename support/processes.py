@@ -5,9 +5,12 @@ torchrun starts the processes and tells each its place in environment variables;
 
 import contextlib
 import datetime
+import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,29 +49,71 @@ def from_environment(name: str, default: int) -> int:
     return int(value)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of this process: with "auto" its GPU where there is one, else the CPU.
+# ---------------------------------------------------------------- devices
 
-    Raises UserError if there is no GPU, or not one for each process of this machine.
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process: with "auto" its accelerator where there is one, else the CPU.
+
+    name: auto, cpu, cuda, mps or xpu
+    Raises UserError if there is no such device, or not one for each process of this machine.
     """
-    n_gpu = torch.cuda.device_count()
-    if name == "cpu" or (name == "auto" and n_gpu == 0):
+    found = accelerator()
+    if name == "cpu" or (name == "auto" and found is None):
         return torch.device("cpu")
-    if n_gpu == 0:
-        raise UserError(f"--device {name}: PyTorch finds no CUDA device here; give auto or cpu")
-    if n_gpu < local_world_size():
+    if found is None or name not in ("auto", found):
+        raise UserError(f"--device {name}: PyTorch finds {found or 'only a cpu'} here; give auto")
+    n_devices = torch.accelerator.device_count()
+    if n_devices < local_world_size():
         raise UserError(
-            f"--device {name}: {n_gpu} CUDA devices are too few for {local_world_size()} processes; start as many "
-            f"processes as there are devices, or give cpu"
+            f"--device {name}: {n_devices} {found} devices are too few for {local_world_size()} processes; start as "
+            f"many processes as there are devices, or give cpu"
         )
-    device = torch.device("cuda", local_rank())
-    torch.cuda.set_device(device)
-    return device
+    torch.accelerator.set_device_index(local_rank())
+    return torch.device(found, local_rank())
+
+
+def accelerator() -> str | None:
+    """Return the type of this machine's accelerator, such as cuda, mps or xpu, or None."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+
+
+def check_bf16(device: torch.device) -> None:
+    """Raise UserError if a device cannot multiply matrices in bfloat16 under autocast."""
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"--bf16: {device.type} does not do it ({error}); leave it out") from None
+
+
+def fused_adamw_skips(device: torch.device) -> bool:
+    """Return whether a device has the fused AdamW, and whether that changes nothing where found_inf is 1."""
+    if device.type in ("cpu", "cuda"):  # the tests make sure of these
+        return True
+    parameter = torch.nn.Parameter(torch.ones(2, device=device))
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    try:
+        optimizer = torch.optim.AdamW([parameter], fused=True)
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool((parameter == 1).all())
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most memory that this process has had on an accelerator, in MB; None where nobody counts it."""
+    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return count(device) / 1e6 if count else None
+
+
+# ---------------------------------------------------------------- several processes
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes of a run inside the with block: NCCL between GPUs, gloo between CPUs.
+    """Connect the processes of a run inside the with block, with the library of the accelerator, and gloo for CPUs.
 
     Raises UserError if the environment gives this process no place among them, or another process does not come.
     """
@@ -77,7 +122,9 @@ def connected() -> Iterator[None]:
             f"RANK is {rank()} in the environment and WORLD_SIZE {world_size()}; start with torchrun, or unset both"
         )
     if world_size() > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend, found = "gloo", accelerator()
+        if found is not None:
+            backend = f"cpu:gloo,{found}:{dist.get_default_backend_for_device(found)}"
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=MEETING)))
         except dist.DistError as error:
@@ -101,6 +148,14 @@ def is_lost_process(error: RuntimeError) -> bool:
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     """Return whether an error says that this process, or its GPU, has no memory left."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def tell_torchrun(message: str) -> None:
+    """Let torchrun repeat a message below its own traceback, which would otherwise bury it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

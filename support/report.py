@@ -7,8 +7,11 @@ import contextlib
 import csv
 import gc
 import os
+import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +20,14 @@ import torch
 from tqdm import tqdm
 
 from support import warn
+from support.processes import peak_memory
 
-COLUMNS = ("pass", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss")
+COLUMNS = (
+    "pass", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "data_wait", "peak_memory",
+    "validation_loss",
+)  # fmt: skip
+RECENT = 20  # steps over which speeds are averaged
+LONG = 600  # seconds; a run that will take longer says how long
 
 
 class Reporter:
@@ -30,6 +39,7 @@ class Reporter:
     pass_loss: sum of the losses of the first pass before this start
     pass_len: steps of a pass; tokens_per_step: of the text, in all processes
     output_dir: folder of metrics.csv and loss.png, or None; tensorboard: write event files there too
+    log_steps: steps for each printed line, which tells their mean loss
     device: what the steps run on; silent: report nothing, in all processes but the first
     """
 
@@ -44,12 +54,18 @@ class Reporter:
         output_dir: str | None = None,
         tensorboard: bool = False,
         silent: bool = False,
+        log_steps: int = 1,
     ):
         self.pass_len, self.tokens_per_step, self.silent = pass_len, tokens_per_step, silent
-        self.lag = 1 if device.type == "cuda" else 0  # how many steps a report may be late
+        self.first_step, self.last_step, self.log_steps = first_step, last_step, log_steps
+        self.device = device
+        self.lag = 1 if device.type in ("cuda", "xpu") else 0  # how many steps a report may be late
         self.began = time.perf_counter()  # of the step
+        self.waited = 0.0  # seconds that the step has waited for data
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds of steps, and of waiting in them
+        self.unprinted: list[float] = []  # losses of the steps since the last line
         self.reader_is_gone = False  # nobody reads stdout any more
-        self.waiting: list[tuple[dict[str, Any], torch.cuda.Event | None]] = []
+        self.waiting: list[tuple[dict[str, Any], torch.Event | None]] = []
         self.pass_loss = pass_loss  # sum of the losses of this pass
         self.last: dict[str, Any] = {}  # metrics of the last step reported
         self.row: dict[str, Any] | None = None  # the row that metrics.csv still lacks: the same dict
@@ -71,7 +87,14 @@ class Reporter:
 
     def begin_step(self) -> None:
         """Start the clock of a step."""
-        self.began = time.perf_counter()
+        self.began, self.waited = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time of the with block as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
     def end_step(self, metrics: dict[str, Any], wait: bool = False) -> list[dict[str, Any]]:
         """Take the metrics of a step, numbers and tensors, and report what has arrived.
@@ -83,11 +106,15 @@ class Reporter:
         """
         if self.waiting:  # so that a GPU is never more than one step behind
             self.waiting[-1][1].synchronize()
-        metrics = metrics | {"tokens_per_second": self.tokens_per_step / (time.perf_counter() - self.began)}
+        metrics = metrics | self.speed()
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 metrics[name] = value.detach().to("cpu", non_blocking=self.lag > 0)
-        self.waiting.append((metrics, torch.cuda.current_stream().record_event() if self.lag else None))
+        arrived = None
+        if self.lag:
+            arrived = torch.Event(self.device.type)
+            arrived.record()
+        self.waiting.append((metrics, arrived))
 
         reported = []
         while len(self.waiting) > (0 if wait else self.lag):
@@ -101,6 +128,14 @@ class Reporter:
             reported.append(numbers)
         return reported
 
+    def speed(self) -> dict[str, float]:
+        """Return the metrics of speed over the recent steps, of which this one is the last; peak_memory is in MB."""
+        self.recent.append((time.perf_counter() - self.began, self.waited))
+        seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
+        speed = {"tokens_per_second": len(self.recent) * self.tokens_per_step / seconds, "data_wait": waited / seconds}
+        peak = None if self.device.type == "cpu" else peak_memory(self.device)
+        return speed if peak is None else speed | {"peak_memory": peak}
+
     def report(self, metrics: dict[str, Any]) -> None:
         """Print the line of a step, and pass its numbers on to metrics.csv and TensorBoard."""
         self.flush()
@@ -109,12 +144,27 @@ class Reporter:
         if window == 1:
             self.pass_loss = 0.0
         self.pass_loss += metrics["loss"]
-        self.line(f"Number of Epoch: {metrics['pass']:04d} in {window:04d} Step cost = {metrics['loss']:.6f}")
+        self.unprinted.append(metrics["loss"])
+        if metrics["step"] % self.log_steps == 0 or metrics["step"] == self.last_step:
+            loss = statistics.fmean(self.unprinted)
+            self.unprinted.clear()
+            self.line(f"Number of Epoch: {metrics['pass']:04d} in {window:04d} Step cost = {loss:.6f}")
         self.progress.update()
+        if metrics["step"] == self.first_step + RECENT:
+            self.tell_duration()
         self.add_events(COLUMNS[2:])
 
+    def tell_duration(self) -> None:
+        """Say on stderr how long the rest of the run will take, if that is long."""
+        steps = self.last_step - self.last["step"]
+        seconds = steps * sum(seconds for seconds, _ in self.recent) / RECENT
+        if seconds > LONG and not self.silent:
+            hours = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
+            self.progress.clear()
+            warn(f"the other {steps:,} steps will take about {hours}; --num_step or --train_steps ends a run sooner")
+
     def validation(self, loss: float) -> None:
-        """Report the loss on the validation set after the last step reported."""
+        """Report the loss on the validation set after the last step reported, or before the first."""
         self.last["validation_loss"] = loss
         perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # which may be infinite
         self.line(f"Validation cost = {loss:.6f} perplexity = {perplexity:.2f}")
@@ -125,7 +175,7 @@ class Reporter:
         if self.events:
             for name in names:
                 if name in self.last:
-                    self.events.add_scalar(name, self.last[name], self.last["step"])
+                    self.events.add_scalar(name, self.last[name], self.last.get("step", self.first_step))
 
     def line(self, text: str) -> None:
         """Print a line to stdout, above the progress bar."""

@@ -99,22 +99,27 @@ def test_a_vocabulary_with_a_byte_order_mark_is_refused(tmp_path):
 
 
 def plainly(paths, eod_id=None):
-    """Return ids and sentence starts as BERT's tokenizer gives them, line after line, file after file."""
+    """Return ids, sentence starts and document starts as BERT's tokenizer gives them, line by line, file after file."""
     lines = []
     for path in paths:
         content = path.read_bytes().decode("utf-8-sig")
         lines += [""] * bool(lines) + content.removesuffix("\n").split("\n")
-    ids, starts = [], []
+    ids, starts, documents = [], [], []
+    after_blank = True
     for line in lines:
         pieces = TOKENIZER.convert_tokens_to_ids(TOKENIZER.tokenize(line))
+        if pieces and after_blank:
+            documents.append(len(ids))
+        after_blank = not line.strip() or (after_blank and not pieces)
         if sentence := pieces if line.strip() else [eod_id] * (eod_id is not None):
             starts.append(len(ids))
             ids += sentence
-    return ids, starts
+    return ids, starts, documents
 
 
-def assert_same(text, ids, starts):
+def assert_same(text, ids, starts, documents):
     assert text.ids.tolist() == ids and [0, *text.cuts.tolist()] == starts
+    assert text.documents.tolist() == documents[1:]
     assert text.counts.tolist() == np.bincount(ids, minlength=VOCAB.size).tolist()
 
 
@@ -194,9 +199,9 @@ def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 100)
     with corpus.tqdm(disable=True) as progress:
         chunks = list(corpus.read_chunks([path], [corpus.sha256(path)], progress))
-    assert "".join(chunk for chunk, _ in chunks) == path.read_text()
-    assert all(len(chunk) <= 100 + len("words ") and chunk.endswith(" ") for chunk, _ in chunks)
-    assert [continues_line for _, continues_line in chunks] == [False] + [True] * (len(chunks) - 1)
+    assert "".join(chunk.text for chunk in chunks) == path.read_text()
+    assert all(len(chunk.text) <= 100 + len("words ") and chunk.text.endswith(" ") for chunk in chunks)
+    assert [chunk.continues_line for chunk in chunks] == [False] + [True] * (len(chunks) - 1)
 
 
 def test_a_word_without_end_is_read_in_few_steps(tmp_path, monkeypatch):
@@ -208,7 +213,7 @@ def test_a_word_without_end_is_read_in_few_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "read_characters", lambda file, n: sizes.append(n) or read_characters(file, n))
     with corpus.tqdm(disable=True) as progress:
         [chunk] = corpus.read_chunks([path], [corpus.sha256(path)], progress)
-    assert chunk == ("x" * 100_000, False) and len(sizes) < 20
+    assert chunk == ("x" * 100_000, False, True) and len(sizes) < 20
 
 
 @pytest.mark.parametrize(
@@ -398,22 +403,21 @@ def test_a_vocabulary_that_changes_before_it_is_used(tmp_path):
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_caches_of_earlier_versions_stay_valid(tmp_path):
-    """Vocabulary and text keep the digests they always had; with others, users would tokenize everything again."""
+def test_a_cache_of_an_earlier_version_is_made_anew(tmp_path):
+    """Vocabulary and text keep the digests they always had; what an earlier version has not written comes to them."""
     (tmp_path / "text.txt").write_text("the cat\n")
     text = corpus.read_text([tmp_path / "text.txt"] * 2, TOKENIZER, VOCAB, tmp_path / "cache")
     assert VOCAB.digest == "0377c8f2a4bff92aa0989f744b66b9ee9078021d61f57b27d13dd2b46b7ff967"
     assert text.digest == "a7f4d91732b47c4cb3487337e6a43a3e"
     folder = tmp_path / "cache" / text.digest
-    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "begins", "ids"]
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "begins", "documents", "ids"]
 
-    summary = json.loads((folder / "about.json").read_text())
-    del summary["sha256"]  # earlier versions had no checksums
-    (folder / "about.json").write_text(json.dumps(summary))
-    assert corpus.open_text(folder).ids.tolist() == text.ids.tolist()
+    (folder / "documents").unlink()
+    again = corpus.read_text([tmp_path / "text.txt"] * 2, TOKENIZER, VOCAB, tmp_path / "cache")
+    assert again.ids.tolist() == text.ids.tolist() and again.documents.tolist() == [2]
 
 
-@pytest.mark.parametrize("name", ["ids", "begins", "about.json"])
+@pytest.mark.parametrize("name", ["ids", "begins", "documents", "about.json"])
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "missing", "longer", "changed"])
 def test_a_damaged_cache_is_made_anew(tmp_path, files, name, harm):
     """Whichever file is damaged, the text is right and the file is as it was."""
@@ -470,7 +474,7 @@ def test_killed_while_tokenizing(tmp_path, files):
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".tmp"]
     assert_same(read(files, tmp_path / "cache"), *plainly(files))
     [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    assert folder.suffix == "" and json.loads((folder / "about.json").read_text())["sentences"] == 800
+    assert folder.suffix == "" and (folder / "begins").stat().st_size == 8 * 800
 
 
 def read_slowly(files, cache, results):
@@ -489,7 +493,7 @@ def test_several_processes_at_once(tmp_path, files):
     processes = [context.Process(target=read_slowly, args=(files, tmp_path / "cache", results)) for _ in range(3)]
     for process in processes:
         process.start()
-    ids, starts = plainly(files)
+    ids, starts, _ = plainly(files)
     found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
@@ -498,6 +502,29 @@ def test_several_processes_at_once(tmp_path, files):
 
 
 # ---------------------------------------------------------------- what a run needs of it
+
+
+@pytest.mark.parametrize("share, place", [(0.01, 18), (0.3, 18), (0.5, 9), (0.8, 4), (0.99, 4)])
+def test_the_last_documents_are_held_out(tmp_path, share, place):
+    """The two parts are the whole; the cut is the beginning of the document that is nearest to the share."""
+    documents = ["the cat\nsat on", "the mat\nthe end\n.", "sat sat sat\nthe cat the cat\nsat on", "on the mat"]
+    (tmp_path / "text.txt").write_text("\n\n\n".join(documents))
+    text = read([tmp_path / "text.txt"], tmp_path / "cache")
+    assert text.documents.tolist() == [4, 9, 18] and len(text.ids) == 21
+    begin, end = corpus.split_off_end(text, share)
+    assert [*begin.ids, *end.ids] == text.ids.tolist() and len(begin.ids) == place
+    assert [*begin.cuts, place, *(end.cuts + place)] == text.cuts.tolist()
+    assert [*begin.documents, place, *(end.documents + place)] == text.documents.tolist()
+    for part in (begin, end):
+        assert part.counts.tolist() == np.bincount(part.ids, minlength=VOCAB.size).tolist()
+    assert len({text.digest, begin.digest, end.digest}) == 3
+
+
+def test_one_document_has_no_part_to_hold_out(tmp_path):
+    """A text without blank lines; the error says what to do."""
+    (tmp_path / "text.txt").write_text("\nthe cat\nsat\n\n")
+    with pytest.raises(ValueError, match="is one document.*put blank lines between"):
+        corpus.split_off_end(read([tmp_path / "text.txt"], tmp_path / "cache"), 0.5)
 
 
 def test_unigram_entropy():

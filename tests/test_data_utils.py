@@ -356,7 +356,7 @@ def make_loader(n_tokens=2000, seed=0, changed=None, twice=False, **flags):
         ids[begin:end] = (ids[begin:end] + 1) % SEP
     if twice:
         ids, cuts = np.tile(ids, 2), np.concatenate([cuts, cuts + n_tokens])
-    text = Text(ids, cuts, np.bincount(ids, minlength=N_TOKEN), "")
+    text = Text(ids, cuts, cuts[:0], np.bincount(ids, minlength=N_TOKEN), "")
     flags = {"n_rows": 2, "batch_size": 2, "bi_data": False} | flags
     return Loader(text, vocab, seed=seed, perm_size=8, **SIZES, **flags)
 

@@ -76,6 +76,8 @@ def test_defaults_are_the_documented_ones():
         "init_checkpoint": None,
         "valid": None,
         "eval_steps": None,
+        "eval_only": False,
+        "log_steps": 1,
         "tensorboard": False,
     }
 
@@ -162,6 +164,8 @@ MAY_CHANGE = {  # another value on the command line, and what is parsed
     "save_steps": ("7", 7),
     "save_total_limit": ("7", 7),
     "eval_steps": ("7", 7),
+    "eval_only": (None, True),
+    "log_steps": ("7", 7),
     "device": ("cpu", "cpu"),
     "data": ("other.txt", ["other.txt"]),
     "tokenizer": ("other", "other"),
@@ -311,7 +315,7 @@ MISTAKES = [
     ("--rows 8", ["data.txt", "4015 tokens and needs 4096", "smaller --seq_len or --rows"]),
     ("--rows 16 --bi_data True", ["needs 4096", "smaller --seq_len or --rows"]),
     (
-        "--grad_accum_steps 9 --train_steps 3 --num_step 1 --seq_len 2048 --perm_size 256",
+        "--grad_accum_steps 9 --train_steps 3 --num_step 1 --seq_len 2048 --reuse_len 256",
         ["--grad_accum_steps 9", "the 8 steps", "at most"],
     ),
     ("--d_model 33", ["--d_model 33", "try 34"]),
@@ -396,7 +400,7 @@ def test_an_absurd_number_gets_one_line(capsys, command, most):
             "--n_layer 1000 --d_model 512 --n_head 8 --d_head 64 --d_inner 2048",
             ["--n_layer 1000", "--d_model 512", "14 GB of weights", "8 GB"],
         ),
-        ("--n_layer 1 --d_model 65536", ["30,522 word pieces", "8 GB of weights", "8 GB"]),
+        ("--n_layer 1 --d_model 65536 --d_head 1", ["30,522 word pieces", "8 GB of weights", "8 GB"]),
         ("--seq_len 20000 --reuse_len 10000 --perm_size 10000", ["--seq_len 20000", "17 GB of attention", "8 GB"]),
         ("--batch_size 1000", ["--batch_size 1000", "11 GB of attention", "8 GB", "give a smaller"]),
     ],

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def read_metrics(folder):
     with open(folder / "run" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        del row["tokens_per_second"]
+        for name in ("tokens_per_second", "data_wait", "peak_memory"):
+            del row[name]
     return rows
 
 
@@ -137,7 +139,7 @@ def watched(argv):
 def test_two_processes_compute_what_one_does(start, tmp_path, flags, members):
     """50 steps: the same losses, gradients and model; rank 0 alone prints and saves; each evaluates its own rows."""
     valid = tmp_path / "valid.txt"
-    valid.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:30]))
+    valid.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:60]))  # two rows
     argv = [*SMALL, "--clip", "0", "--learning_rate", "1e-3", *flags.split()]
     argv += ["--valid", str(valid), "--eval_steps", "20"]
     one, two = start(1, argv, tmp_path / "one", watched), start(2, argv, tmp_path / "two", watched)
@@ -183,7 +185,7 @@ def test_a_process_has_its_own_dropout_and_by_default_one_row(start, tmp_path):
     """batch_size is one row a process; random states differ from process to process; the lines are printed once."""
     assert join(start(2, [*SMALL, "--train_steps", "3"], tmp_path / "run")) == [0, 0]
     out = (tmp_path / "run" / "0.out").read_text()
-    assert len(LINE.findall(out)) == 3 and len(out.splitlines()) == 5
+    assert len(LINE.findall(out)) == 3 and len(out.splitlines()) == 6
     assert (tmp_path / "run" / "1.out").read_text() == ""
     state = checkpoint.load(tmp_path / "run" / "run" / "checkpoint-3")
     assert state.flags["batch_size"] == 2 == len(state.processes)
@@ -239,15 +241,65 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(start, unbroken, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 4])
-def test_another_number_of_processes_is_refused(unbroken, in_place, capsys, n):
-    """With one line and status 2."""
-    in_place(0, n)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch_size 4 --rows 8 --train_steps 60",
+        "--batch_size 8 --rows 8 --bi_data True --train_steps 60",
+        "--batch_size 4 --rows 8 --train_steps 15 --grad_accum_steps 4",
+        "--batch_size 8 --rows 16 --bi_data True --train_steps 12 --grad_accum_steps 5",
+    ],
+)
+def test_another_number_of_processes_goes_on(start, tmp_path, words):
+    """2, killed within a pass and an accumulation, then 1, then 4, then 2: losses and weights of an unbroken run."""
+    argv = [*SMALL, *words.split(), "--save_steps", "1", "--learning_rate", "1e-3"]
+    assert join(start(2, argv, tmp_path / "unbroken")) == [0, 0]
+    folder = tmp_path / "broken"
+    for n, until in (2, 14), (1, 27), (4, 42):
+        children = start(n, argv if until == 14 else ["--resume"], folder)
+        while not (folder / "run" / f"checkpoint-{until}").exists():
+            assert any(child.is_alive() for child in children)
+            time.sleep(0.005)
+        for child in children:
+            child.kill()
+        join(children)
+    assert join(start(2, ["--resume"], folder)) == [0, 0]
+    assert (folder / "0.err").read_text() == ""
+    whole, broken = (read_metrics(each) for each in (tmp_path / "unbroken", folder))
+    assert [row["step"] for row in broken] == [str(step) for step in range(1, 61)]
+    assert [float(row["loss"]) for row in broken] == pytest.approx([float(row["loss"]) for row in whole], abs=1e-5)
+    folders = tmp_path / "unbroken", folder
+    weights, same = (XLNet.from_pretrained(each / "run" / "checkpoint-60").state_dict() for each in folders)
+    for name in weights:
+        torch.testing.assert_close(weights[name], same[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_shared_are_a_mistake(unbroken, in_place, capsys):
+    """One line and status 2, with the numbers of processes that can go on."""
+    in_place(0, 3)
     with pytest.raises(SystemExit) as end:
         main.main(["--output_dir", str(unbroken / "run"), "--resume"])
     assert end.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert f"--resume: the run had 2 processes and now has {n}; start as many" in line
+    assert "--resume: the run has 4 rows a step in each direction, which 3 processes cannot share" in line
+    assert "start 2 or 4 processes" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_loss_on_a_text_does_not_depend_on_batch_or_processes(start, tmp_path, n):
+    """The windows of an evaluation are those of the text; a process without a row of its own waits."""
+    valid = tmp_path / "valid.txt"
+    valid.write_text("".join(Path(DATA).read_text().splitlines(keepends=True)[:60]))  # two rows
+    seen = []
+    for batch_size in (4, 8):
+        folder = tmp_path / str(batch_size)
+        argv = [*SMALL, "--batch_size", str(batch_size), "--learning_rate", "0", "--train_steps", "1"]
+        assert join(start(n, [*argv, "--valid", str(valid)], folder)) == [0] * n
+        seen += re.findall(r"Validation cost = (\S+)", (folder / "0.out").read_text())
+    one = main.main([*SMALL, "--learning_rate", "0", "--train_steps", "1", "--valid", str(valid)])
+    assert len(seen) == 2 and list(map(float, seen)) == pytest.approx([one["validation_loss"]] * 2, abs=1e-5)
 
 
 # ---------------------------------------------------------------- processes that differ
@@ -335,30 +387,75 @@ def test_a_process_that_never_comes_is_waited_for_some_minutes(monkeypatch, caps
     assert end.value.code == 2 and "process 0 of WORLD_SIZE 2 has waited" in line and "start all of them" in line
 
 
-def test_each_process_needs_a_gpu(in_place, monkeypatch):
+@pytest.fixture
+def accelerators(monkeypatch):
+    """Return a function that lets PyTorch find n accelerators of a type, as far as it is asked; none are there."""
+    chosen = []
+
+    def find(kind, n):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: n)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        return chosen
+
+    return find
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_each_process_needs_a_device(in_place, accelerators, kind):
     """Every process says so, not the ones alone that find none: the first is the one that is heard."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    accelerators(kind, 1)
     for rank in range(2):
         in_place(rank, 2)
-        for name in ("auto", "cuda"):
-            with pytest.raises(UserError, match=f"--device {name}: 1 CUDA devices are too few for 2 processes"):
+        for name in ("auto", kind):
+            with pytest.raises(UserError, match=f"--device {name}: 1 {kind} devices are too few for 2 processes"):
                 processes.choose_device(name)
         assert processes.choose_device("cpu") == torch.device("cpu")
 
 
-def test_each_process_has_its_own_gpu(in_place, monkeypatch):
-    """The one of its place on the machine; without any, auto is the CPU and cuda a mistake."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_each_process_has_its_own_device(in_place, accelerators, kind):
+    """The one of its place on the machine."""
+    chosen = accelerators(kind, 2)
     for rank in range(2):
         in_place(rank, 2)
-        assert processes.choose_device("auto") == processes.choose_device("cuda") == torch.device("cuda", rank)
-    assert chosen == [torch.device("cuda", rank) for rank in (0, 0, 1, 1)]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert processes.choose_device("auto") == processes.choose_device(kind) == torch.device(kind, rank)
+    assert chosen == [0, 0, 1, 1]
+
+
+def test_a_device_that_is_not_there(accelerators):
+    """auto takes what there is; another name gets one line with what there is."""
+    accelerators("cuda", 0)
     assert processes.choose_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device here"):
+    with pytest.raises(UserError, match="--device mps: PyTorch finds only a cpu here; give auto"):
+        processes.choose_device("mps")
+    accelerators("mps", 1)
+    assert processes.choose_device("auto") == torch.device("mps", 0)
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds mps here; give auto"):
         processes.choose_device("cuda")
+
+
+def test_what_a_device_can_do_is_asked(monkeypatch):
+    """Without bfloat16 a line says so. AdamW is fused only where it skips an update that is not finite."""
+    processes.check_bf16(torch.device("cpu"))
+
+    def fail(*args, **others):
+        raise RuntimeError("no such type here")
+
+    monkeypatch.setattr(torch, "autocast", fail)
+    with pytest.raises(UserError, match="--bf16: cpu does not do it .no such type here.; leave it out"):
+        processes.check_bf16(torch.device("cpu"))
+
+    device = SimpleNamespace(type="another")
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    assert processes.fused_adamw_skips(device)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: setattr(self, "found_inf", None) or step(self))
+    assert not processes.fused_adamw_skips(device)
+    monkeypatch.setattr(torch.optim, "AdamW", fail)
+    assert not processes.fused_adamw_skips(device)
 
 
 def test_the_place_of_a_process_is_read_when_asked(in_place, monkeypatch):

@@ -33,12 +33,13 @@ def report_steps(reporter, steps, wait=True):
 
 
 def read(folder):
-    """Return the rows of metrics.csv, as text, without tokens_per_second."""
+    """Return the rows of metrics.csv, as text, without those of speed and memory."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert all(list(row) == list(COLUMNS) for row in rows)
     for row in rows:
-        del row["tokens_per_second"]
+        for name in ("tokens_per_second", "data_wait", "peak_memory"):
+            del row[name]
     return rows
 
 
@@ -54,13 +55,16 @@ def test_a_line_a_step(capsys):
 
 
 def test_numbers_of_a_step_come_back(monkeypatch):
-    """end_step returns plain numbers; tokens per second are those of the time since begin_step."""
+    """end_step returns plain numbers: tokens a second since begin_step, and the share of time that waited for data."""
     reporter = make_reporter()
-    times = iter([100.0, 102.0])
+    times = iter([100.0, 100.5, 101.5, 102.0])
     monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     reporter.begin_step()
+    with reporter.waiting_for_data():
+        pass
     [numbers] = reporter.end_step({"pass": 1, "step": 1, "loss": torch.tensor(2.5)})
-    assert numbers == {"pass": 1, "step": 1, "loss": 2.5, "tokens_per_second": 64 / 2}
+    speed = {"tokens_per_second": 64 / 2, "data_wait": 0.5}
+    assert numbers == {"pass": 1, "step": 1, "loss": 2.5, **speed}
     assert type(numbers["loss"]) is float and reporter.last == numbers
 
 
@@ -106,24 +110,23 @@ def test_one_process_alone_reports(capsys, tmp_path):
 def test_a_gpu_is_one_step_ahead(monkeypatch, capsys):
     """A step is reported when the next one ends, or at once with `wait`; before each report its numbers arrive.
 
-    A stand-in for the GPU's stream says what is waited for.
+    A stand-in for the GPU's events says what is waited for.
     """
     waited = []
 
     class Event:
-        def __init__(self):
+        def __init__(self, device):
+            assert device == "cuda"
+
+        def record(self):
             self.number = len(events)
             events.append(self)
 
         def synchronize(self):
             waited.append(self.number)
 
-    class Stream:
-        def record_event(self):
-            return Event()
-
     events = []
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch, "Event", Event)
     reporter = make_reporter(device="cuda")
     printed = []
     for step, wait in (1, False), (2, False), (3, True), (4, False), (5, True):
@@ -212,10 +215,10 @@ HEADER = ",".join(COLUMNS)
         (b"", []),
         (b"pass,st", []),
         (bytes(range(256)), []),
-        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n1,2,5.0,0.1,2.0,9.0,3.".encode(), [1]),  # no line end: torn
-        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n1,2,5.0,0.1\r\n1,3,5.0,,,9.0,\r\n".encode(), [1, 3]),
-        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,\r\n\x00\x00\x00\n\n1,3,5.0,x,,9.0,\r\n".encode(), [1]),
-        (f"{HEADER[4:]}\r\n1,1,5.0,0.1,2.0,9.0,\r\n".encode(), [1]),  # the first line is damaged, the rows are not
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,,,\r\n1,2,5.0,0.1,2.0,9.0,,,3.".encode(), [1]),  # no line end: torn
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,,,\r\n1,2,5.0,0.1\r\n1,3,5.0,,,9.0,,,\r\n".encode(), [1, 3]),
+        (f"{HEADER}\r\n1,1,5.0,0.1,2.0,9.0,,,\r\n\x00\x00\x00\n\n1,3,5.0,x,,9.0,,,\r\n".encode(), [1]),
+        (f"{HEADER[4:]}\r\n1,1,5.0,0.1,2.0,9.0,,,\r\n".encode(), [1]),  # the first line is damaged, the rows are not
         (b"pass,step,loss,memory\n1,1,5.0,7\n1,2,5.0,8\n", [1, 2]),  # of another version
     ],
 )
@@ -345,7 +348,7 @@ def test_events_are_what_the_rows_are(tmp_path):
     report_steps(reporter, [3])
     reporter.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == set(COLUMNS[2:])
+    assert set(events.Tags()["scalars"]) == set(COLUMNS[2:]) - {"peak_memory"}  # of a GPU
     assert [(each.step, each.value) for each in events.Scalars("loss")] == [(1, 10.0), (2, 20.0), (3, 30.0)]
 
 

@@ -40,7 +40,7 @@ def test_ranks_follow_the_text(flags):
     run = main.prepare([*SMALL, *flags.split()], ReadingOrderLoader)
     i, j = np.indices((64, 64))  # who looks, and at which position
     first_is_target = []
-    for step in range(20):
+    for step in range(60):
         batch = run.loader.batch(step)
         for b in range(batch["rank"].size(1)):
             ids, is_target, rank = (batch[name][:, b].numpy() for name in ("inp_k", "inp_q", "rank"))
