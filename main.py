@@ -155,10 +155,12 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             if is_update:
                 norm = clip_grad_norm_(model.parameters(), args.clip or math.inf)
                 finite = loss.isfinite() & norm.isfinite()
-                optimizer.found_inf = (~finite).float()  # 1: fused AdamW skips the update, and nobody waits for it
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                if optimizer.defaults["fused"] or finite:
+                if optimizer.defaults["fused"]:
+                    optimizer.found_inf = (~finite).float()  # 1: it skips the update, and nobody has to wait
+                    optimizer.step()
+                elif finite:
                     optimizer.step()
                 optimizer.zero_grad()
                 metrics |= {"learning_rate": learning_rate, "gradient_norm": norm}
@@ -254,7 +256,7 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    # `train` sets the learning rate of each update, and relies on the found_inf of the fused form.
+    # `train` sets the learning rate of each update, and the found_inf of the fused form.
     fused = processes.fused_adamw_skips(next(model.parameters()).device)
     return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=fused)
 
@@ -540,7 +542,7 @@ def make_reporter(run: Run, silent: bool = False) -> Reporter:
         pass_len=run.loader.pass_len,
         tokens_per_step=run.args.batch_size * run.args.seq_len,
         device=run.device,
-        output_dir=run.args.output_dir,
+        output_dir=None if run.args.eval_only else run.args.output_dir,
         tensorboard=run.args.tensorboard,
         silent=silent or processes.rank() > 0,
         log_steps=run.args.log_steps,
@@ -555,7 +557,7 @@ def describe(run: Run, entropy: float) -> str:
     if unknown > MANY_UNKNOWN:
         warn(
             f"--tokenizer {run.args.tokenizer} does not know {unknown:.1%} of the text's pieces; make a vocabulary of "
-            f"its own, see the README"
+            f"its own with examples/make_vocabulary.py"
         )
     files = list_files([Path(path).name for path in run.args.data])
     n_windows = run.loader.pass_len * run.args.batch_size

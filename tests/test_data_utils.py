@@ -341,6 +341,29 @@ def test_processes_share_the_rows(n_rank, bi_data, expected):
             assert [place + 12 for place in part[:4]] == part[4:]
 
 
+@pytest.mark.parametrize("world_size, sizes", [(3, [2, 1, 1]), (5, [1, 1, 1, 1, 0])])
+def test_rows_that_cannot_be_shared_evenly(world_size, sizes):
+    """Each row still belongs to one process, its backward twin to the same; the last processes have fewer, or none."""
+    parts = [data_utils.members_of_process(4, False, rank, world_size) for rank in range(world_size)]
+    assert [len(part) for part in parts] == sizes and sum(parts, []) == [0, 1, 2, 3]
+    both = [data_utils.members_of_process(8, True, rank, world_size) for rank in range(world_size)]
+    assert both == [part + [4 + place for place in part] for part in parts]
+
+
+@given(st.integers(100, 300_000), st.integers(1, 40), st.booleans())
+def test_rows_of_an_evaluation(n_tokens, batch_size, bi_data):
+    """As many as the text allows at 32 windows a row, whatever the batch; as many together as the batch allows."""
+    directions = 2 if bi_data else 1
+    n_rows, together = data_utils.evaluation_rows(n_tokens, directions * batch_size, bi_data, 32, 16)
+    assert n_rows == data_utils.evaluation_rows(n_tokens, directions, bi_data, 32, 16)[0]
+    assert n_rows % together == 0 and n_rows in [directions * n for n in (1, 2, 4, 8, 16)]
+    if n_rows > directions:
+        assert data_utils.n_windows(n_tokens * directions // n_rows, 32, 16) >= 32
+    if n_rows < 16 * directions:  # twice as many rows would be too short, or the text is
+        assert data_utils.n_windows(n_tokens * directions // (2 * n_rows), 32, 16) < 32
+    assert together <= directions * batch_size and (2 * together > directions * batch_size or together == n_rows)
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -421,6 +444,32 @@ def test_a_batch_depends_on_text_seed_step_and_place_alone():
     # The rows of the first turn are the first and the second 500 tokens.
     changed = make_loader(n_rows=4, changed=(500, 1000)).batch(2)
     assert same(column(changed, 0), column(batches[2], 0)) and not same(column(changed, 1), column(batches[2], 1))
+
+
+@pytest.mark.parametrize("bi_data", [False, True])
+def test_rows_are_the_same_in_batches_of_any_size(bi_data):
+    """A row gives the same windows, targets and orders, however many others a step reads beside it."""
+
+    def windows(batch_size):
+        loader = make_loader(n_rows=8, batch_size=batch_size, bi_data=bi_data)
+        found = {}
+        for step in range(loader.pass_len + 2 * len(loader.turns)):
+            batch, rows = loader.batch(step), loader.turns[loader.turn(step)]
+            for member, row in enumerate(rows):
+                found[row.number, step // len(loader.turns)] = column(batch, member)
+        return found
+
+    whole, parts = windows(8), windows(2)
+    assert whole.keys() == parts.keys() and {number for number, _ in whole} == set(range(8))
+    assert all(same(whole[key], parts[key]) for key in whole)
+    assert not same(whole[0, 0], whole[1, 0])
+
+
+def test_a_process_without_a_row_has_empty_batches():
+    """As in the evaluation of a short text by many processes; it makes as many steps as the others."""
+    loader = make_loader(members=[])
+    assert loader.pass_len == make_loader().pass_len
+    assert list(prefetch(loader, range(3), torch.device("cpu"))) == [{}] * 3
 
 
 @pytest.mark.parametrize("bi_data", [False, True])

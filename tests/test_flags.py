@@ -93,6 +93,54 @@ def test_default_batch_is_the_smallest(words, world_size, batch_size):
     flags.check(args, world_size)
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--seq_len 128", {"reuse_len": 64, "perm_size": 64, "num_predict": 21, "mem_len": 96}),
+        ("--seq_len 128 --reuse_len 32", {"reuse_len": 32, "perm_size": 32, "num_predict": 21, "mem_len": 96}),
+        ("--seq_len 512 --reuse_len 384 --mem_len 0", {"reuse_len": 384, "perm_size": 128, "mem_len": 0}),
+        ("--seq_len 10", {"reuse_len": 5, "perm_size": 5, "num_predict": 1, "mem_len": 7}),
+        ("--seq_len 600 --reuse_len 584 --perm_size 8", {"num_predict": 33}),  # 16 tokens behind inp hold 16 targets
+        ("--d_model 64", {"d_head": 16}),
+        ("--d_model 768 --n_head 12", {"d_head": 64}),
+        ("--d_model 64 --d_head 8", {"d_head": 8}),
+        ("--init_checkpoint model", {"learning_rate": 1e-3}),
+        ("--init_checkpoint model --d_model 256", {"learning_rate": 6.3e-5}),
+        ("--init_checkpoint model --d_model 768", {"learning_rate": 1.4e-5}),
+        ("--init_checkpoint model --learning_rate 4e-3", {"learning_rate": 4e-3}),
+    ],
+)
+def test_defaults_follow_other_flags(words, expected):
+    """One flag alone makes a run: lengths follow seq_len, a head d_model; a trained model has a lower rate."""
+    args = complete(*words.split())
+    assert {name: vars(args)[name] for name in expected} == expected
+    flags.check(args, 1)
+
+
+@pytest.mark.parametrize(
+    "words, advice", [("--seq_len 129", "130 --reuse_len 65"), ("--reuse_len 250", "512 --reuse_len 256")]
+)
+def test_a_window_without_blocks_is_a_mistake(words, advice):
+    """Blocks of a token or two would be predicted from left to right, another model; perm_size can ask for it."""
+    with pytest.raises(UserError, match=f"tokens to permute; try --seq_len {advice}, or give --perm_size"):
+        complete(*words.split())
+    assert complete(*words.split(), "--perm_size", "1").perm_size == 1
+
+
+@pytest.mark.parametrize("text, expected", [("0.01", 0.01), ("1e-2", 0.01), ("1", None), ("0", None), ("a.txt", None)])
+def test_a_share_or_a_file(text, expected):
+    """A number between 0 and 1 is a share of the text."""
+    assert flags.share(text) == expected
+
+
+def test_a_file_with_the_name_of_a_share(tmp_path, monkeypatch):
+    """It is the file, and its path in a checkpoint is absolute; a share stays a share."""
+    monkeypatch.chdir(tmp_path)
+    assert fixed_flags("--valid", "0.5")["valid"] == "0.5"
+    (tmp_path / "0.5").write_text("")
+    assert flags.share("0.5") is None and fixed_flags("--valid", "0.5")["valid"] == f"{tmp_path}/0.5"
+
+
 def test_an_end_by_updates_needs_no_passes():
     """num_step is 100 only if neither end is given; --num_epoch is another name for it."""
     assert (complete("--train_steps", "7").num_step, complete("--train_steps", "7").train_steps) == (None, 7)
@@ -292,6 +340,11 @@ MISTAKES = [
     ("--data {files}/latin1.txt", ["--data", "line 2 is not UTF-8"]),
     ("--valid {files}/none.txt", ["--valid", "none.txt", "No such file"]),
     ("--valid {files}/short.txt", ["--valid", "has 6 tokens", "needs 512"]),
+    ("--data {files}/short.txt --valid 0.5", ["--valid 0.5", "short.txt is one document", "blank lines"]),
+    ("--valid 1.5", ["--valid 1.5", "No such file"]),
+    ("--eval_only", ["--eval_only needs --valid"]),
+    ("--eval_only --valid 0.5", ["--eval_only needs --valid, and --init_checkpoint or --resume"]),
+    ("--eval_only --init_checkpoint nowhere", ["--init_checkpoint nowhere is no folder here"]),
     (
         "--tokenizer gpt2",
         ["--tokenizer gpt2", "bert-base-uncased", "bert-large-uncased", "bert-base-cased", "bert-large-cased"],

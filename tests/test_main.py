@@ -1,6 +1,7 @@
 """The command as a user meets it: what it prints and learns; and the training loop, step by step."""
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 import data_utils
 import main
-from support import corpus, flags, report
+from support import UserError, corpus, flags, report
 from xlnet import XLNet
 
 ROOT = Path(main.__file__).parent
@@ -472,6 +474,138 @@ def test_validation_is_the_mean_over_all_targets(valid, words, n_rows):
         losses += nll[target_mask.flatten() > 0].tolist()
     loss = main.evaluate(model.train(), run.valid_loader, run.device)
     assert model.training and loss == pytest.approx(np.mean(losses), rel=1e-5)  # float32, summed in another order
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A text of ten documents, whose sentences begin with the number of their document."""
+    sentences = (ROOT / "data.txt").read_text().replace("\n\n", "\n").split("\n")[:100]
+    texts = ["\n".join(f"{n} {sentence}" for sentence in sentences[10 * n : 10 * n + 10]) for n in range(10)]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts) + "\n")
+    return tmp_path / "text.txt"
+
+
+def test_a_share_of_the_text_is_held_out(documents, tmp_path, capsys):
+    """The last two documents: no batch of training reads them, evaluation reads them as a text of their own."""
+    argv = [*SMALL, *TINY, "--data", str(documents)]
+    run = main.prepare([*argv, "--valid", "0.2"])
+    whole = main.prepare(argv)
+    n_training, n_valid = len(run.text.ids), len(run.valid_text.ids)
+    assert n_training + n_valid == len(whole.text.ids)
+    assert run.tokenizer.convert_ids_to_tokens([run.valid_text.ids[0]]) == ["8"]
+    [training_row], [valid_row] = run.loader.turns[0], run.valid_loader.turns[0]
+    assert np.array_equal(training_row.ids, whole.text.ids[:n_training])
+    assert np.array_equal(valid_row.ids, whole.text.ids[n_training:])
+
+    begin, end = tmp_path / "begin.txt", tmp_path / "end.txt"
+    parts = documents.read_text().split("\n\n")
+    begin.write_text("\n\n".join(parts[:8]))
+    end.write_text("\n\n".join(parts[8:]))
+    by_share = main.main([*argv, "--valid", "0.2", "--train_steps", "3"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f" {n_training:,} tokens" in first and first.endswith(f"; validation: {n_valid:,} tokens")
+    by_files = main.main([*SMALL, *TINY, "--data", str(begin), "--valid", str(end), "--train_steps", "3"])
+    assert by_share["validation_loss"] == by_files["validation_loss"] and by_share["loss"] == by_files["loss"]
+
+
+def test_a_share_far_from_the_one_asked_for_is_told(documents, capsys):
+    """Documents are whole: of ten, a hundredth is a tenth, and a line says so."""
+    main.prepare([*SMALL, *TINY, "--data", str(documents), "--valid", "0.1"])
+    assert capsys.readouterr().err == ""
+    main.prepare([*SMALL, *TINY, "--data", str(documents), "--valid", "0.01"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(r"--valid 0.01: documents are whole, so 0\.1\d* of the text is held out", line)
+
+
+def test_another_share_is_another_text(documents, tmp_path, capsys):
+    """A resumed run keeps its share; with another one it would train on what it was judged on."""
+    folder = ["--output_dir", str(tmp_path / "out")]
+    main.main([*SMALL, *TINY, "--data", str(documents), "--valid", "0.2", *folder, "--train_steps", "2"])
+    resume = [*folder, "--resume", "--train_steps", "4"]
+    for words in ["--valid", "0.3"], ["--valid", str(documents)]:
+        with pytest.raises(UserError, match="the text has changed since the run began, or the share of it"):
+            main.prepare([*resume, *words])
+    assert main.main(resume)["step"] == 4
+
+
+def test_evaluating_alone(documents, tmp_path, capsys):
+    """--eval_only prints the loss that training ended with, of a run or a model, and writes nothing."""
+    out = tmp_path / "out"
+    texts = [*TINY, "--data", str(documents), "--valid", "0.2"]
+    words = ["--output_dir", str(out), "--train_steps", "5", "--batch_size", "2", "--rows", "2"]
+    trained = main.main([*SMALL, *texts, *words])
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
+    capsys.readouterr()
+    for words in (
+        ["--resume", str(out), "--eval_only"],
+        [*texts, "--init_checkpoint", str(out), "--eval_only"],
+        [*texts, "--init_checkpoint", str(out), "--eval_only", "--batch_size", "3"],
+    ):
+        result = main.main(words)
+        lines = capsys.readouterr().out.splitlines()
+        assert result["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-6)
+        assert len(lines) == 2 and lines[1].startswith(f"Validation cost = {result['validation_loss']:.6f}")
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
+
+
+def test_a_trained_model_is_evaluated_before_it_goes_on(documents, tmp_path, capsys):
+    """--init_checkpoint takes the newest checkpoint of a run's folder, its dropout too; a flag given wins."""
+    out = tmp_path / "out"
+    argv = [*TINY, "--data", str(documents), "--valid", "0.2"]
+    words = ["--output_dir", str(out), "--train_steps", "4", "--save_steps", "2"]
+    trained = main.main([*SMALL, *argv, *words, "--dropout", "0.2", "--dropatt", "0.3"])
+    capsys.readouterr()
+    main.main([*argv, "--init_checkpoint", str(out), "--train_steps", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["Validation" in line for line in lines] == [False, True, False, False, True, False, False]
+    assert float(lines[1].split()[3]) == pytest.approx(trained["validation_loss"], abs=1e-6)
+    args = main.prepare([*argv, "--init_checkpoint", str(out)]).args
+    assert (args.dropout, args.dropatt, args.learning_rate) == (0.2, 0.3, float(f"{1e-3 * 4 ** (4 / 3):.2g}"))
+    assert main.prepare([*argv, "--init_checkpoint", str(out), "--dropout", "0"]).args.dropout == 0.0
+
+
+def test_a_run_says_where_it_comes_from_and_where_it_goes(tmp_path, capsys):
+    """The checkpoint it goes on from; at the end the folder of the model, or the flag that saves it."""
+    out = tmp_path / "out"
+    main.main([*SMALL, *TINY, "--train_steps", "2", "--output_dir", str(out)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"The model is in {out}/checkpoint-2"
+    main.main(["--resume", str(out), "--train_steps", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"Going on from {out}/checkpoint-2, after step 2 of 3"
+    main.main([*SMALL, *TINY, "--train_steps", "1"])
+    assert capsys.readouterr().out.splitlines()[-1] == "Nothing is saved; --output_dir saves the model in a folder"
+
+
+@pytest.mark.parametrize(
+    "pass_len, valid_len, words, expected",
+    [
+        (14, 3, "", (14, 14)),
+        (10_000, 3, "", (1000, 1000)),
+        (100_000, 2000, "", (1000, 10_000)),
+        (3000, 2000, "", (1000, 3000)),
+        (10_000, None, "", (1000, 1000)),
+        (10_000, 3, "--save_steps 7 --eval_steps 9", (7, 9)),
+    ],
+)
+def test_intervals_suit_a_page_and_a_corpus(pass_len, valid_len, words, expected):
+    """A pass, but at most a thousand steps; an evaluation that takes long is made less often."""
+    args = flags.parse(["--output_dir", "out", "--valid", "valid.txt", *words.split()])
+    valid_loader = None if valid_len is None else SimpleNamespace(pass_len=valid_len)
+    run = SimpleNamespace(args=args, loader=SimpleNamespace(pass_len=pass_len), valid_loader=valid_loader)
+    assert main.intervals(run) == expected
+
+
+def test_an_accelerator_without_a_skipping_adamw(monkeypatch):
+    """Where the fused AdamW does not skip an update, the loop does: nothing changes before the run stops."""
+    monkeypatch.setattr(main.processes, "fused_adamw_skips", lambda device: False)
+    prediction_loss = main.prediction_loss
+    with training(*SMALL, *TINY, "--train_steps", "3") as (run, steps):
+        next(steps)
+        before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+        monkeypatch.setattr(main, "prediction_loss", lambda *args: prediction_loss(*args) * math.nan)
+        with pytest.raises(main.NotFinite):
+            next(steps)
+        assert equal(before, run.model.state_dict())
 
 
 # ---------------------------------------------------------------- signals and ends

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import re
@@ -385,6 +386,16 @@ def test_a_process_that_never_comes_is_waited_for_some_minutes(monkeypatch, caps
         main.main([*SMALL, "--train_steps", "1"])
     [line] = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and "process 0 of WORLD_SIZE 2 has waited" in line and "start all of them" in line
+
+
+def test_torchrun_repeats_a_mistake(monkeypatch, tmp_path, capsys):
+    """The message is in the file that torchrun reads; without torchrun there is none."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        main.main(["--seq_len", "3"])
+    told = json.loads((tmp_path / "error.json").read_text())
+    assert f"main.py: {told['message']}\n" == capsys.readouterr().err and "--seq_len" in told["message"]
+    assert abs(told["timestamp"] - time.time()) < 60
 
 
 @pytest.fixture

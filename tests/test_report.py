@@ -3,6 +3,7 @@
 import csv
 import gc
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,56 @@ def test_a_line_a_step(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines == [LINE.format(*each) for each in [(1, 1, 10), (1, 2, 20), (1, 3, 30), (2, 1, 40), (2, 2, 50)]]
     assert lines[0] == "Number of Epoch: 0001 in 0001 Step cost = 10.000000"
+
+
+def test_lines_of_several_steps(capsys, tmp_path):
+    """Every third step has a line, with the mean loss of three; the last step too; metrics.csv has a row a step."""
+    reporter = make_reporter(tmp_path, log_steps=3)
+    report_steps(reporter, range(1, 11))
+    reporter.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [LINE.format(*each) for each in [(1, 3, 20), (2, 3, 50), (3, 3, 80), (4, 1, 100)]]
+    assert len(read(tmp_path)) == 10
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.01, ""), (1.0, "16 minutes"), (60.0, "16.3 hours"), (3600.0, "980.0 hours")]
+)
+def test_a_long_run_says_how_long(monkeypatch, capsys, seconds, words):
+    """After twenty steps of this start, on stderr; a short one says nothing."""
+    clock = itertools.count(step=seconds)
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    reporter = Reporter(100, 0.0, 1100, 3, 64, torch.device("cpu"))
+    report_steps(reporter, range(101, 131))
+    err = capsys.readouterr().err
+    assert err == (
+        words
+        and f"main.py: the other 980 steps will take about {words}; --num_step or --train_steps ends a run sooner\n"
+    )
+
+
+def test_speeds_are_means_of_the_recent_steps(monkeypatch):
+    """Tokens a second of twenty steps, of which the first are slower than the later ones."""
+    reporter = make_reporter()
+    seconds = [3.0] * 10 + [1.0] * 20
+    ends = list(itertools.accumulate(seconds))
+    clock = itertools.chain.from_iterable(zip([0.0, *ends], ends, strict=False))  # begin and end of each step
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    speeds = []
+    for step in range(1, 31):
+        reporter.begin_step()
+        [numbers] = reporter.end_step({"pass": 1, "step": step, "loss": 1.0})
+        speeds.append(numbers["tokens_per_second"])
+    assert (
+        speeds[9] == pytest.approx(64 / 3) and speeds[19] == pytest.approx(64 / 2) and speeds[29] == pytest.approx(64)
+    )
+
+
+def test_the_memory_of_an_accelerator_is_told(monkeypatch):
+    """In MB; of a CPU nothing is told."""
+    monkeypatch.setattr(report, "peak_memory", lambda device: 123.0)
+    assert make_reporter(device="mps").speed()["peak_memory"] == 123.0
+    assert "peak_memory" not in make_reporter().speed()
 
 
 def test_numbers_of_a_step_come_back(monkeypatch):
