@@ -637,7 +637,7 @@ def main(
     unigram_entropy
     """
     if sys.stderr is None:  # python main.py 2>&-
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

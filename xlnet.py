@@ -575,7 +575,8 @@ class XLNet(nn.Module):
         transformers' AutoModel and XLNetLMHeadModel can read them if n_head * d_head is d_model.
         """
         config = {"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet", **self.config, **config}
-        (Path(directory) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(config, indent=2) + "\n"
+        (Path(directory) / "config.json").write_text(content, encoding="utf-8", newline="\n")
         weights = {}
         for name, parameter in self.named_parameters():  # lists the tied weight once
             weights[name if name.startswith("lm_loss.") else f"transformer.{name}"] = parameter.detach()

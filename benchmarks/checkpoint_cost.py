@@ -22,6 +22,11 @@ import main
 from support import checkpoint
 
 
+def temporary_folder() -> tempfile.TemporaryDirectory:
+    """Return the folder of a run, which this process keeps locked, so that Windows deletes only a part of it."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def timed_run(n_steps: int, *argv: str) -> float:
     """Return the seconds that n_steps steps take."""
     run = main.prepare(["--train_steps", str(n_steps), *argv])
@@ -34,7 +39,7 @@ def timed_run(n_steps: int, *argv: str) -> float:
 
 def time_of_saving(count: int) -> list[float]:
     """Return the seconds that each of `count` checkpoints takes, with memory and optimizer, but without loss.png."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         timed_run(3, "--output_dir", folder)
         run = main.prepare(["--output_dir", folder, "--resume"])
         optimizer = main.make_optimizer(run.model, run.args)
@@ -59,7 +64,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     timed_run(5)  # warms up
     for _ in range(options.pairs):
         without.append(timed_run(options.steps))
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             with_checkpoints.append(timed_run(options.steps, "--save_steps", "50", "--output_dir", folder))
     rows = {
         "a checkpoint": time_of_saving(10),

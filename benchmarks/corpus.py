@@ -46,7 +46,7 @@ def write(folder: str | Path) -> tuple[Path, Path]:
     paths = folder / "train.txt", folder / "valid.txt"
     for path, names in zip(paths, split(messages), strict=True):
         text = "\n\n".join("\n".join(messages[name]) for name in names) + "\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
     return paths
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import joblib
 import numpy as np
 import psutil
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def write(path: Path, megabytes: int) -> None:
     share = 1 / np.arange(1, KINDS + 1)
     share /= share.sum()
     with (
-        open(path, "w", encoding="utf-8") as file,
+        open(path, "w", encoding="utf-8", newline="\n") as file,
         tqdm(desc=path.name, total=megabytes, unit="MB", leave=False, disable=None) as progress,
     ):
         while file.tell() < megabytes * 10**6:
@@ -112,7 +113,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
         "--processes",
         nargs="+",
         type=int,
-        default=[1, len(os.sched_getaffinity(0))],
+        default=[1, joblib.cpu_count()],
         help="that tokenize (default: 1, and one a core)",
     )
     parser.add_argument("--steps", type=int, default=200, help="of the second run (default: 200)")

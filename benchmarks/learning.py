@@ -23,7 +23,6 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import numpy as np
 import torch
 import transformers
@@ -379,7 +379,7 @@ def make_runs(options: argparse.Namespace, tasks: list[Task]) -> None:
     """Make the runs, options.jobs at a time, and append each to the csv when it is over."""
     context = multiprocessing.get_context("spawn")
     progress = context.Value("i", 0)
-    threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    threads = max(1, joblib.cpu_count() // options.jobs)
     with (
         ProcessPoolExecutor(options.jobs, context, start_worker, (progress, threads)) as pool,
         tqdm(total=len(tasks) * POINTS, unit="point", disable=None) as bar,
@@ -399,7 +399,7 @@ def read(path: Path) -> list[dict[str, str]]:
     """Return the rows of the csv, none if it does not exist; raise ValueError if it has other columns."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has not the columns {','.join(COLUMNS)}; give another file")
@@ -409,7 +409,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, curve: list[dict[str, str]]) -> None:
     """Append a whole curve in one write."""
     is_new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if is_new:
             writer.writeheader()

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import transformers
@@ -143,8 +144,15 @@ def warm_up(args: argparse.Namespace) -> int:
 
 
 def peak_rss() -> float:
-    """Return the most memory that this process has had, in MB (Linux)."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 2**10
+    """Return the most memory that this process has had, in MB."""
+    if sys.platform == "linux":  # getrusage would count what the parent had when it started this process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # Windows lacks it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # a Mac counts bytes
 
 
 def peak_memory(name: str, args: argparse.Namespace, device: str) -> float:

@@ -245,7 +245,7 @@ def draw_attention(n_step: int) -> None:
 def draw_loss(entropy: float, n_token: int) -> None:
     """Draw the mean loss of each pass of the README's command, beside that of guessing and that of the port."""
     losses: dict[int, list[float]] = {}  # of each pass
-    with open(DOCS / "loss.csv", newline="") as file:
+    with open(DOCS / "loss.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             losses.setdefault(int(row["pass"]), []).append(float(row["loss"]))
     figure = new_figure(11, 4.5)

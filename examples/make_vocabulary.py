@@ -289,7 +289,8 @@ def train_word_piece(lines: Sequence[str], folder: Path, args: argparse.Namespac
     )
     ids = trainer.get_vocab()
     pieces = sorted(ids, key=ids.get)
-    (folder / corpus.WordPiece.saved_name).write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+    content = "".join(f"{piece}\n" for piece in pieces)
+    (folder / corpus.WordPiece.saved_name).write_text(content, encoding="utf-8", newline="\n")
 
 
 # ---------------------------------------------------------------- the report

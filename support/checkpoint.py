@@ -12,6 +12,7 @@ The checkpoints in a run's folder are those of one line of training: `set_aside`
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -177,7 +178,7 @@ def open_output_dir(output_dir: str, source: str | None) -> None:
         return
     if source is None:
         raise UserError(f"--output_dir {output_dir} holds a run already; go on with --resume, or give another folder")
-    if run_folder(source) != os.path.realpath(output_dir):
+    if not os.path.samefile(run_folder(source), output_dir):  # names may differ in upper and lower case only
         raise UserError(
             f"--output_dir {output_dir} holds another run than --resume {source}; leave it out, or give a new folder"
         )
@@ -270,7 +271,7 @@ def save(
         tokenizer.save(temporary)
         torch.save(vars(state), temporary / "trainer_state.pt")
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
-        (temporary / "SHA256SUMS").write_text("".join(sums))
+        (temporary / "SHA256SUMS").write_text("".join(sums), encoding="utf-8", newline="\n")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         temporary.rename(checkpoint)
@@ -281,10 +282,10 @@ def save(
     if limit:
         line = [path for path in checkpoints(output_dir) if step_of(path) <= state.step]
         for path in line[limit:]:
-            if tokenizer.vocab_file.resolve().parent == path.resolve():  # the next save copies the vocabulary again
-                continue
             try:
-                remove(path)
+                holds_vocabulary = path.samefile(tokenizer.vocab_file.resolve().parent)  # the next save copies it again
+                if not holds_vocabulary:
+                    remove(path)
             except OSError as error:
                 warn(f"{path} cannot be deleted: {error.strerror}")
 
@@ -301,7 +302,7 @@ def damaged_file(checkpoint: Path) -> str | None:
     """Return the name of a file that is not as it was written, or None if the checkpoint is whole."""
     try:
         digests = {}
-        for line in (checkpoint / "SHA256SUMS").read_text().splitlines():
+        for line in (checkpoint / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
             digest, name = line.split("  ")
             if name in ("", "..") or Path(name).name != name:  # a file of another folder
                 return "SHA256SUMS"
@@ -511,7 +512,14 @@ def misfit(found: Any, expected: Any, name: str = "") -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    """Wait until a file is on the disk; a folder too, where the system can do that."""
+    if not path.is_dir():
+        with open(path, "r+b") as file:  # Windows does not sync a file that is open for reading only
+            os.fsync(file.fileno())
+        return
+    with contextlib.suppress(OSError):  # Windows opens no folder, and some network file systems sync none
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

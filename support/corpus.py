@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import stat
@@ -30,6 +31,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -176,7 +178,7 @@ class SentencePiece(Tokenizer):
     saved_name = "spiece.model"
     splits_at_spaces = False
     cls_is_first = False
-    remedy = "train it with them, see the README"
+    remedy = "make one with examples/make_vocabulary.py"
     fast_class = "PreTrainedTokenizerFast"  # transformers' class that does what tokenizer.json says
 
     def __init__(self, vocab_file: Path):
@@ -516,8 +518,9 @@ def fill_cache(
     digests: of the files, as the folder's name has them
     """
     temporary = folder.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    shutil.rmtree(folder, ignore_errors=True)  # damaged
+    for leftover in (temporary, folder):  # of a process that was killed; damaged
+        if leftover.exists():
+            shutil.rmtree(leftover)  # on Windows an error if another process has mapped a file in it
     temporary.mkdir()
     try:
         tokenize(paths, digests, tokenizer, vocab, temporary)
@@ -534,7 +537,7 @@ def open_text(folder: Path) -> Text | None:
     counts as damaged.
     """
     try:
-        summary = json.loads((folder / "about.json").read_text())
+        summary = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         ids = np.memmap(folder / "ids", summary["dtype"], mode="r")
         sentence_starts = np.memmap(folder / "begins", np.int64, mode="r")
         document_starts = np.memmap(folder / "documents", np.int64, mode="r")
@@ -599,7 +602,7 @@ def tokenize(
             os.fsync(file.fileno())
     checksums = {name: sha256(folder / name) for name in CACHED}
     summary = {"dtype": dtype.name, "counts": counts.tolist(), "sha256": checksums}
-    (folder / "about.json").write_text(json.dumps(summary))
+    (folder / "about.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- from files to chunks
@@ -719,8 +722,12 @@ def end_with(parent: int) -> None:
     """Let this worker process end soon after its parent, which may be killed without a chance to end it."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        sentinel = multiprocessing.parent_process().sentinel
+        if sentinel is not None:  # loky passes it on Windows only, where getppid never changes
+            wait([sentinel])
+        else:
+            while os.getppid() == parent:
+                time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -788,7 +795,7 @@ def read_json_object(path: Path) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def sha256(path: str | Path) -> str:

@@ -5,6 +5,7 @@ It reports and never ends a run.
 
 import contextlib
 import csv
+import errno
 import gc
 import os
 import statistics
@@ -183,7 +184,9 @@ class Reporter:
             with self.progress.external_write_mode():
                 try:
                     print(text, flush=True)
-                except BrokenPipeError:  # python main.py | head
+                except OSError as error:  # python main.py | head
+                    if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
+                        raise
                     self.reader_is_gone = True
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -223,12 +226,12 @@ def open_metrics(path: Path, step: int) -> TextIO:
     """Return metrics.csv open for appending, without the rows of steps after `step`, which will be made again."""
     kept = [row for row in read_rows(path) if int(row["step"]) <= step] if step else []
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(kept)
     os.replace(temporary, path)
-    return open(path, "a", newline="")
+    return open(path, "a", newline="", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

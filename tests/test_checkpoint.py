@@ -5,12 +5,10 @@ import csv
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -101,7 +98,7 @@ def stop_after(k, *words):
             for metrics in steps:
                 assert metrics["step"] < k
                 if metrics["step"] == k - 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
 
 
 # ---------------------------------------------------------------- resuming
@@ -354,7 +351,7 @@ def child(argv):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, new):
+def test_killed_at_random_moments(tmp_path, context, new):
     """SIGKILL at any moment, a save at every step: each time the run goes on, or back, and its log is that of one run.
 
     KILLS=50 in the environment kills more often.
@@ -363,8 +360,6 @@ def test_killed_at_random_moments(tmp_path, new):
     passes = 2 + kills // 4
     folder, unbroken = str(tmp_path / "killed"), str(tmp_path / "unbroken")
     argv = [*new, "--save_steps", "1", "--num_step", str(passes)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "torch._dynamo"])  # which the first update imports
 
     def start(*argv):
         process = context.Process(target=child, args=(argv,))
@@ -492,6 +487,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys, monkeypatch
     run(capsys, *way_out, *data, "--train_steps", 1)
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
 def test_sums_are_read_by_sha256sum(twelve_steps):
     """`sha256sum --check SHA256SUMS` in a checkpoint checks every other file."""
     folder = twelve_steps / "out" / "checkpoint-12"
@@ -542,6 +538,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer_state.pt"])
 def test_a_full_disk_costs_nothing_but_the_rest(tmp_path, capsys, twelve_steps, file):
     """A file may not grow to its size: one line, status 1, no half-written folder, and the older ones are whole."""
+    resource = pytest.importorskip("resource")
     folder = shutil.copytree(twelve_steps / "out", tmp_path / "out")
     names = {path.name for path in folder.iterdir()}
     size = (folder / "checkpoint-12" / file).stat().st_size
@@ -927,28 +924,6 @@ def test_a_run_starts_from_an_earlier_one(tmp_path, capsys, default_shape):
     flags = checkpoint.load(tmp_path / "out" / "checkpoint-1").flags
     assert flags["tokenizer"] == str(default_shape)
     assert (flags["d_model"], flags["seq_len"]) == (32, 512)
-
-
-@pytest.mark.slow
-def test_fine_tuning_as_in_the_readme(tmp_path, monkeypatch, capsys):
-    """The README's example runs as it stands, and beats the majority class on sentences held out.
-
-    These are 35, of which one seed gets 0.54 right and another 0.77, and a machine that rounds differently changes the
-    seeds over: the mean of three is judged, on either half of the sentences.
-    """
-    words = "--seq_len 64 --reuse_len 32 --perm_size 32 --num_predict 10 --mem_len 48 --train_steps 150".split()
-    main.main([*words, "--output_dir", str(tmp_path)])
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    assert '"out/checkpoint-1400"' in example and "manual_seed(0)" in example
-    monkeypatch.chdir(ROOT)
-    example = example.replace("out/checkpoint-1400", str(checkpoints(tmp_path)[0]))
-    swapped = re.sub(r"examples\[(1?)::2\]", lambda half: f"examples[{'' if half[1] else 1}::2]", example)
-    assert swapped.count("examples[::2]") == swapped.count("examples[1::2]") == 1
-    for seed, halves in itertools.product(range(3), (example, swapped)):
-        exec(halves.replace("seed(0)", f"seed({seed})"), {})
-    printed = re.findall(r"accuracy (\S+), majority class (\S+)", capsys.readouterr().out)
-    accuracy, majority = np.mean([list(map(float, pair)) for pair in printed], axis=0)
-    assert len(printed) == 6 and accuracy > majority + 0.1
 
 
 @pytest.mark.parametrize(

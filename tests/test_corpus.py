@@ -3,9 +3,7 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
-import signal
 import threading
 import time
 
@@ -164,7 +162,7 @@ def files(tmp_path):
     for i in range(2):
         paths.append(tmp_path / f"{i}.txt")
         sentences = (f"file {i} has a sentence of number {n}" + "\n" * (n % 9 == 0) for n in range(400))
-        paths[-1].write_text("\n".join(sentences))
+        paths[-1].write_bytes("\n".join(sentences).encode())
     return paths
 
 
@@ -291,7 +289,7 @@ def test_a_file_that_is_completed_while_it_is_read(tmp_path, monkeypatch):
     first_line_not_utf8 = corpus.first_line_not_utf8
 
     def complete_and_look(name):
-        path.write_text("the café")
+        path.write_bytes("the café".encode())
         return first_line_not_utf8(name)
 
     monkeypatch.setattr(corpus, "first_line_not_utf8", complete_and_look)
@@ -299,16 +297,17 @@ def test_a_file_that_is_completed_while_it_is_read(tmp_path, monkeypatch):
         read([path], tmp_path / "cache")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a file system without pipes")
 def test_a_pipe_is_refused(tmp_path):
     """A pipe can be read once only, and its name would be that of a text that is gone; nobody waits for a writer."""
     os.mkfifo(tmp_path / "pipe")
-    for path in (str(tmp_path / "pipe"), "/dev/null"):
+    for path in (str(tmp_path / "pipe"), os.devnull):
         with pytest.raises(UserError, match=f"--data {path} is a pipe or a device.* write it into a file"):
             corpus.load_text("data", [path], str(tmp_path / "cache"), TOKENIZER, VOCAB)
 
 
 def kill_this_process(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
+    psutil.Process().kill()
 
 
 @pytest.mark.slow
@@ -335,9 +334,9 @@ def tokenize_for_ever(files, folder):
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent(tmp_path, files):
+def test_workers_end_with_their_parent(tmp_path, context, files):
     """If a program is killed, which leaves it no time for anything, the processes that tokenize for it end soon."""
-    process = multiprocessing.get_context("forkserver").Process(target=tokenize_for_ever, args=(files, tmp_path))
+    process = context.Process(target=tokenize_for_ever, args=(files, tmp_path))
     process.start()
     workers = []
     while len(workers) < 2:
@@ -367,7 +366,7 @@ def test_a_text_is_tokenized_once(tmp_path, files, monkeypatch):
     assert np.array_equal(first.cuts, again.cuts) and np.array_equal(first.counts, again.counts)
 
     before = files[0].stat()
-    files[0].write_text(files[0].read_text().replace("number 7", "number 8"))
+    files[0].write_bytes(files[0].read_bytes().replace(b"number 7", b"number 8"))
     os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     assert files[0].stat().st_size == before.st_size
     assert_same(read(files, tmp_path / "cache"), *plainly(files))
@@ -405,7 +404,7 @@ def test_a_vocabulary_that_changes_before_it_is_used(tmp_path):
 
 def test_a_cache_of_an_earlier_version_is_made_anew(tmp_path):
     """Vocabulary and text keep the digests they always had; what an earlier version has not written comes to them."""
-    (tmp_path / "text.txt").write_text("the cat\n")
+    (tmp_path / "text.txt").write_bytes(b"the cat\n")
     text = corpus.read_text([tmp_path / "text.txt"] * 2, TOKENIZER, VOCAB, tmp_path / "cache")
     assert VOCAB.digest == "0377c8f2a4bff92aa0989f744b66b9ee9078021d61f57b27d13dd2b46b7ff967"
     assert text.digest == "a7f4d91732b47c4cb3487337e6a43a3e"
@@ -456,7 +455,7 @@ def die(files, cache):
 
     def encode_three_chunks(*args):
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            psutil.Process().kill()
         calls.append(1)
         return encode_chunk(*args)
 
@@ -465,12 +464,12 @@ def die(files, cache):
 
 
 @pytest.mark.slow
-def test_killed_while_tokenizing(tmp_path, files):
+def test_killed_while_tokenizing(tmp_path, context, files):
     """A folder that is half written is never used, blocks nobody, and is gone after the next run."""
-    process = multiprocessing.get_context("forkserver").Process(target=die, args=(files, tmp_path / "cache"))
+    process = context.Process(target=die, args=(files, tmp_path / "cache"))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode != 0
     assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [".tmp"]
     assert_same(read(files, tmp_path / "cache"), *plainly(files))
     [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -486,9 +485,8 @@ def read_slowly(files, cache, results):
 
 
 @pytest.mark.slow
-def test_several_processes_at_once(tmp_path, files):
+def test_several_processes_at_once(tmp_path, context, files):
     """One process tokenizes, the others wait for it; all get the right ids."""
-    context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     processes = [context.Process(target=read_slowly, args=(files, tmp_path / "cache", results)) for _ in range(3)]
     for process in processes:

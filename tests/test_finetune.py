@@ -231,7 +231,7 @@ def test_files_are_read(tmp_path, content):
 
 def test_quotes(tmp_path):
     """Between commas quotes hold a text with commas and line ends; between tabs they are characters."""
-    (tmp_path / "a.csv").write_text('"a ""big"" cat,\nold",animal\n')
+    (tmp_path / "a.csv").write_bytes(b'"a ""big"" cat,\nold",animal\n')
     assert finetune.read_examples(str(tmp_path / "a.csv"), "train_file") == [('a "big" cat,\nold', "animal")]
     (tmp_path / "a.tsv").write_text('"a big cat\tanimal\nit said, "no"\tanimal\n')
     texts = [example.text for example in finetune.read_examples(str(tmp_path / "a.tsv"), "train_file")]

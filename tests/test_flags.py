@@ -150,10 +150,11 @@ def test_an_end_by_updates_needs_no_passes():
 def test_default_cache_dir_follows_the_environment(monkeypatch):
     """xlnet in $XDG_CACHE_HOME; in ~/.cache where that is not set, or empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert flags.default_cache_dir() == "/caches/xlnet"
+    assert flags.default_cache_dir() == os.path.join("/caches", "xlnet")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert flags.default_cache_dir() == "/home/ada/.cache/xlnet"
+    for name in ("HOME", "USERPROFILE"):  # of Windows
+        monkeypatch.setenv(name, "/home/ada")
+    assert Path(flags.default_cache_dir()) == Path("/home/ada/.cache/xlnet")
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch):

@@ -107,7 +107,7 @@ def official_pieces(processor, text):
 def test_a_comma_after_digits_is_a_piece(tmp_path):
     """A model that has learnt pieces such as `0,` and `▁19,`, inside and at the beginning of words, loses them."""
     lines = [f"in 19{n % 10},000 of 10,{n % 7}00, and 5, {n}, x{n % 3}0, " for n in range(300)]
-    (tmp_path / "numbers.txt").write_text("\n".join(lines))
+    (tmp_path / "numbers.txt").write_text("\n".join(lines), encoding="utf-8")
     train_sentence_piece(tmp_path / "numbers.txt", tmp_path / "numbers", 60, hard_vocab_limit=False)
     tokenizer = corpus.load_tokenizer(str(tmp_path / "numbers.model"))
     glued = 0
@@ -125,7 +125,7 @@ def test_lower_case_and_accents_as_transformers_config_says(own, tmp_path):
     (tmp_path / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
     plain = corpus.vocabulary(corpus.load_tokenizer(str(tmp_path)))
     config = {"do_lower_case": True, "keep_accents": True, "tokenizer_class": "XLNetTokenizer"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     tokenizer = corpus.load_tokenizer(str(tmp_path))
     assert tokenizer.tokenize("The é") == tokenizer.processor.encode("the é", out_type=str)
     assert corpus.vocabulary(tokenizer).digest != plain.digest  # another text in the cache
@@ -138,7 +138,7 @@ def test_lower_case_and_accents_as_transformers_config_says(own, tmp_path):
 @pytest.mark.parametrize("content", ["[1]", "not JSON", '"keep_accents"'])
 def test_a_config_that_is_no_object_is_named(own, tmp_path, content):
     (tmp_path / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer_config.json is not a JSON object"):
         corpus.load_tokenizer(tmp_path)
 
@@ -192,7 +192,7 @@ def mixed_lines():
 def world(tmp_path_factory):
     """A folder with two models of mixed_lines(): one whose normalizer folds case, and one as in the README."""
     folder = tmp_path_factory.mktemp("world")
-    (folder / "text.txt").write_text("\n".join(mixed_lines()))
+    (folder / "text.txt").write_text("\n".join(mixed_lines()), encoding="utf-8")
     symbols = ["<eop>", ".", "(", ")", '"', "-", "–", "£", "€"]
     options = {"user_defined_symbols": symbols, "character_coverage": 0.99, "hard_vocab_limit": False}
     for rule in ("nmt_nfkc", "nmt_nfkc_cf"):
@@ -204,10 +204,10 @@ def saved(model, folder, config=None):
     """Return the tokenizer of a model with a tokenizer_config.json, and transformers' one of its checkpoint."""
     (folder / "spiece.model").write_bytes(model.read_bytes())
     if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ours = corpus.load_tokenizer(folder)
     (folder / "checkpoint").mkdir()
-    (folder / "checkpoint" / "config.json").write_text('{"model_type": "xlnet"}')
+    (folder / "checkpoint" / "config.json").write_text('{"model_type": "xlnet"}', encoding="utf-8")
     ours.save(folder / "checkpoint")
     return ours, transformers.AutoTokenizer.from_pretrained(folder / "checkpoint")
 
@@ -230,7 +230,7 @@ def test_ids_are_those_of_transformers(world, tmp_path, rule, keep_accents, do_l
 def test_ids_of_the_page_of_text_are_those_of_transformers(own, tmp_path):
     """With the documented vocabulary data.txt has the ids of transformers, and special pieces have their names."""
     ours, theirs = saved(own / "spiece.model", tmp_path)
-    lines = (ROOT / "data.txt").read_text().splitlines()
+    lines = (ROOT / "data.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) > 100 and not lines_that_differ(ours, theirs, lines)
     names = ("unk", "bos", "eos", "cls", "sep", "pad", "mask")
     assert [getattr(theirs, f"{name}_token_id") for name in names] == list(range(7))
@@ -255,7 +255,7 @@ def test_a_comma_after_digits_is_a_piece_for_transformers(tmp_path):
     Others differ because training cuts at such a piece before it looks for the pieces around it.
     """
     lines = [f"in 19{n % 10},000 of 10,{n % 7}00, and 5, {n}, x{n % 3}0, " for n in range(300)]
-    (tmp_path / "numbers.txt").write_text("\n".join(lines))
+    (tmp_path / "numbers.txt").write_text("\n".join(lines), encoding="utf-8")
     train_sentence_piece(tmp_path / "numbers.txt", tmp_path / "numbers", 60, hard_vocab_limit=False)
     ours, theirs = saved(tmp_path / "numbers.model", tmp_path)
     assert any(re.fullmatch(r".*\d,", piece) for piece in ours.vocab)
@@ -267,13 +267,13 @@ def test_a_tokenizer_json_beside_the_model_is_kept(own, tmp_path):
     """A released tokenizer.json and the entries of its tokenizer_config.json reach the checkpoint as they were."""
     config = {"model_max_length": 512, "tokenizer_class": "XLNetTokenizer", "keep_accents": True}
     released = json.dumps({"version": "theirs"})
-    (tmp_path / "tokenizer.json").write_text(released)
+    (tmp_path / "tokenizer.json").write_text(released, encoding="utf-8")
     (tmp_path / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "checkpoint").mkdir()
     corpus.load_tokenizer(tmp_path).save(tmp_path / "checkpoint")
-    assert (tmp_path / "checkpoint" / "tokenizer.json").read_text() == released
-    kept = json.loads((tmp_path / "checkpoint" / "tokenizer_config.json").read_text())
+    assert (tmp_path / "checkpoint" / "tokenizer.json").read_text(encoding="utf-8") == released
+    kept = json.loads((tmp_path / "checkpoint" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert kept == config | {"do_lower_case": False}
 
 
@@ -282,7 +282,10 @@ def test_a_tokenizer_json_follows_its_config(world, tmp_path):
     _, theirs = saved(world / "nmt_nfkc.model", tmp_path, {"keep_accents": False})
     lines = [line for line in mixed_lines() if "ü" in line]
     config_file = tmp_path / "checkpoint" / "tokenizer_config.json"
-    config_file.write_text(config_file.read_text().replace('"keep_accents": false', '"keep_accents": true'))
+    config_file.write_text(
+        config_file.read_text(encoding="utf-8").replace('"keep_accents": false', '"keep_accents": true'),
+        encoding="utf-8",
+    )
     ours = corpus.load_tokenizer(tmp_path / "checkpoint")
     assert lines and lines_that_differ(ours, theirs, lines) == lines
     (tmp_path / "next").mkdir()
@@ -309,7 +312,7 @@ def test_accents_that_are_lost_are_told(world, tmp_path, capsys, config, warned)
     """Pieces with accents that no text can show give one line with the remedy, unless the config decides it."""
     (tmp_path / "spiece.model").write_bytes((world / "nmt_nfkc.model").read_bytes())
     if config is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     corpus.vocabulary(corpus.load_tokenizer(tmp_path))
     err = capsys.readouterr().err
     assert err.count("\n") == warned
@@ -318,10 +321,10 @@ def test_accents_that_are_lost_are_told(world, tmp_path, capsys, config, warned)
 
 def test_a_wordpiece_vocabulary_without_pad(tmp_path):
     """transformers adds no piece whose id the model lacks, and refuses to pad."""
-    (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "the", "cat"]))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[UNK]", "[CLS]", "[SEP]", "the", "cat"]), encoding="utf-8")
     (tmp_path / "saved").mkdir()
     corpus.load_tokenizer(tmp_path).save(tmp_path / "saved")
-    (tmp_path / "saved" / "config.json").write_text('{"model_type": "xlnet"}')
+    (tmp_path / "saved" / "config.json").write_text('{"model_type": "xlnet"}', encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert len(theirs) == 5 and theirs("the cat")["input_ids"] == [1, 3, 4, 2]
     with pytest.raises(ValueError, match="padding token"):
@@ -331,7 +334,7 @@ def test_a_wordpiece_vocabulary_without_pad(tmp_path):
 def test_a_line_is_encoded_as_a_whole(tmp_path):
     """Pieces that cross spaces survive on the way to the cache: the ids are those of each line, not of its words."""
     lines = [f"of the cat {n}, in the end of the day" for n in range(300)]
-    (tmp_path / "text.txt").write_text("\n".join(lines))
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     options = {"split_by_whitespace": False, "hard_vocab_limit": False}
     train_sentence_piece(tmp_path / "text.txt", tmp_path / "crossing", 60, **options)
     tokenizer = corpus.load_tokenizer(tmp_path / "crossing.model")
@@ -356,11 +359,11 @@ def test_a_run_and_its_checkpoint(own, tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()[0]
     tokens = int(re.search(r"([\d,]+) tokens, 0\.\d% unknown", first).group(1).replace(",", ""))
     tokenizer = corpus.load_tokenizer(str(own / "spiece.model"))
-    lines = (ROOT / "data.txt").read_text().split("\n")[:-1]
+    lines = (ROOT / "data.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert tokens == sum(len(tokenizer.tokenize(line)) if line else 1 for line in lines)
 
     checkpoint = checkpoints(tmp_path / "out")[0]
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     assert [config[f"{name}_token_id"] for name in ("pad", "bos", "eos")] == [5, 1, 2]
     assert config["summary_type"] == "last"
     model = XLNet.from_pretrained(checkpoint).eval()
@@ -397,7 +400,10 @@ def test_every_script_runs(own, tmp_path, capsys, script, tokenizer):
     """On a few hundred lines all ids are legal; the share of unknown pieces is printed, with a warning if large."""
     rng = np.random.default_rng(0)
     path = tmp_path / "text.txt"
-    path.write_text("".join(" ".join(rng.choice(SCRIPTS[script], 3)) + "\n" * (1 + (n % 20 == 0)) for n in range(300)))
+    path.write_text(
+        "".join(" ".join(rng.choice(SCRIPTS[script], 3)) + "\n" * (1 + (n % 20 == 0)) for n in range(300)),
+        encoding="utf-8",
+    )
     name = str(own / tokenizer) if tokenizer.endswith("model") else tokenizer
     metrics = main.main([*SMALL, "--data", str(path), "--tokenizer", name, "--train_steps", "5"])
     out, err = capsys.readouterr()
@@ -413,7 +419,9 @@ def test_every_script_runs(own, tmp_path, capsys, script, tokenizer):
 
 def test_a_vocabulary_of_the_text_knows_it(own, tmp_path, capsys):
     """The remedy that the warning names works: under 1% unknown pieces, and no warning."""
-    (tmp_path / "data.txt").write_text("".join("\n".join(lines) + "\n" for lines in SCRIPTS.values()) * 40)
+    (tmp_path / "data.txt").write_text(
+        "".join("\n".join(lines) + "\n" for lines in SCRIPTS.values()) * 40, encoding="utf-8"
+    )
     program = [sys.executable, ROOT / "examples" / "make_vocabulary.py", "data.txt"]
     words = ["--output_dir", "vocabulary", "--size", "150"]
     subprocess.run([*program, *words], cwd=tmp_path, check=True, capture_output=True)
@@ -435,7 +443,7 @@ def released(own, tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.XLNetConfig(vocab_size=size, d_model=32, n_layer=2, n_head=4, d_inner=64)
     transformers.XLNetLMHeadModel(config).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(json.loads(PUBLISHED) | {"vocab_size": size}))
+    (folder / "config.json").write_text(json.dumps(json.loads(PUBLISHED) | {"vocab_size": size}), encoding="utf-8")
     (folder / "spiece.model").write_bytes((own / "spiece.model").read_bytes())
     return folder
 
@@ -443,9 +451,9 @@ def released(own, tmp_path_factory):
 @pytest.mark.slow
 def test_continued_pretraining(released, own, tmp_path, capsys):
     """After 300 steps on other text the validation loss is lower; transformers computes the same logits to 1e-5."""
-    lines = (ROOT / "data.txt").read_text().splitlines()
-    (tmp_path / "valid.txt").write_text("\n".join(lines[:20]))
-    (tmp_path / "domain.txt").write_text("\n".join(lines[20:]))
+    lines = (ROOT / "data.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "valid.txt").write_text("\n".join(lines[:20]), encoding="utf-8")
+    (tmp_path / "domain.txt").write_text("\n".join(lines[20:]), encoding="utf-8")
     flags = (
         f"--init_checkpoint {released} --data {tmp_path}/domain.txt --valid {tmp_path}/valid.txt "
         "--seq_len 64 --reuse_len 32 --perm_size 32 --num_predict 10"
@@ -457,7 +465,7 @@ def test_continued_pretraining(released, own, tmp_path, capsys):
     assert held_out[-1] < held_out[0] - 0.5
 
     checkpoint = checkpoints(tmp_path / "out")[0]
-    assert json.loads((checkpoint / "config.json").read_text())["ff_activation"] == "gelu"
+    assert json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["ff_activation"] == "gelu"
     model = XLNet.from_pretrained(checkpoint).eval()
     assert (model.mem_len, model.reuse_len) == (48, 32)  # null as published: the flags' values
     theirs = transformers.XLNetLMHeadModel.from_pretrained(checkpoint).eval()
@@ -495,7 +503,7 @@ def test_wrong_pairs_are_refused(released, own, tmp_path, capsys, flags, words):
         train_sentence_piece(own / "data.txt", tmp_path / "other", 500, user_defined_symbols=["<eop>"])
     if "{bert}" in flags:
         main.main([*SMALL, "--train_steps", "1", "--output_dir", str(tmp_path / "bert")])
-    (own / "data.model").write_text("this is no model")
+    (own / "data.model").write_text("this is no model", encoding="utf-8")
     capsys.readouterr()
     folders = {"released": released, "own": own, "other": tmp_path / "other.model"}
     flags = flags.format(**folders, bert=tmp_path / "bert" / "checkpoint-1")

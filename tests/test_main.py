@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -610,10 +609,11 @@ def test_an_accelerator_without_a_skipping_adamw(monkeypatch):
 
 # ---------------------------------------------------------------- signals and ends
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals, shells and terminals")
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("signum, status", [(each, 128 + each) for each in SIGNALS])
 @pytest.mark.parametrize("save", [True, False])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, signum, status, save):
     """One line that says where, the status of a process that the signal killed, and the signals' old handlers."""
@@ -622,7 +622,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, sig
     def interrupted(*inputs):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         return prediction_loss(*inputs)
 
     monkeypatch.setattr(main, "prediction_loss", interrupted)
@@ -639,12 +639,13 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, sig
         assert main.checkpoint.damaged_file(out / "checkpoint-3") is None
 
 
+@POSIX
 def test_nohup_is_heeded(monkeypatch):
     """A run that is to ignore SIGHUP goes on after one."""
     prediction_loss = main.prediction_loss
 
     def hang_up(*inputs):
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         return prediction_loss(*inputs)
 
     monkeypatch.setattr(main, "prediction_loss", hang_up)
@@ -663,7 +664,7 @@ def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch, capsys, valid):
         if not model.training:
             evaluated.append(1)
             if len(evaluated) == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
         return forward(model, *inputs, **named_inputs)
 
     monkeypatch.setattr(XLNet, "forward", interrupt)
@@ -697,6 +698,7 @@ def test_no_memory_gets_one_line(monkeypatch, capsys, error):
     assert stop.value.code == 1 and "out of memory" in line and "9 TiB; lower --batch_size" in line
 
 
+@POSIX
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(tmp_path):
     """The process itself: a line, status 130, no traceback."""
@@ -711,6 +713,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert err == f"main.py: stopped after step {step}; saved {tmp_path}/out/checkpoint-{step}, --resume goes on\n"
 
 
+@POSIX
 @pytest.mark.slow
 def test_ctrl_c_during_imports(tmp_path):
     """No traceback, and the status of a program that Ctrl-C has killed."""
@@ -724,6 +727,7 @@ def test_ctrl_c_during_imports(tmp_path):
     assert (process.returncode, err) == (-signal.SIGINT, "")
 
 
+@POSIX
 @pytest.mark.slow
 def test_a_second_signal_kills():
     """Where the step never ends: the first Ctrl-C waits for it, the second does not."""
@@ -755,6 +759,7 @@ def test_ctrl_c_before_the_first_step(monkeypatch, capsys):
     assert stop.value.code == 130 and err.count("\n") == 1 and "nothing is saved" in err
 
 
+@POSIX
 @pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
     """python main.py | head -2"""
@@ -767,6 +772,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.returncode == 1 and err == b""
 
 
+@POSIX
 @pytest.mark.slow
 def test_a_reader_that_leaves_stops_a_run_that_saves(tmp_path):
     """python main.py --output_dir out | head -2: as a signal does, with the status of SIGPIPE."""
@@ -792,6 +798,7 @@ def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path):
     assert done.returncode == 0 and done.stderr == "" and "; caf\\xe9.txt: 4,015 tokens" in done.stdout
 
 
+@POSIX
 @pytest.mark.slow
 def test_a_closed_stderr_is_no_error():
     """python main.py 2>&-"""
@@ -800,9 +807,12 @@ def test_a_closed_stderr_is_no_error():
     assert done.returncode == 0 and len(LINE.findall(done.stdout)) == 2
 
 
+@POSIX
 @pytest.mark.slow
 def test_a_terminal_gets_a_progress_bar():
     """On a terminal stderr carries a bar and the cost lines stay whole."""
+    import termios  # Windows has none
+
     leader, follower = os.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     command = [sys.executable, ROOT / "main.py", *SMALL, "--train_steps", "20"]

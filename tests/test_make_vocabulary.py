@@ -46,8 +46,10 @@ def text(tmp_path_factory):
     rng = random.Random(0)
     words = [word for line in LINES for word in line.split()]
     path = tmp_path_factory.mktemp("text") / "my.txt"
-    english = (ROOT / "data.txt").read_text().split("\n")
-    path.write_text("\n".join([*LINES, *english, *(" ".join(rng.choices(words, k=12)) for _ in range(300))]))
+    english = (ROOT / "data.txt").read_text(encoding="utf-8").split("\n")
+    path.write_text(
+        "\n".join([*LINES, *english, *(" ".join(rng.choices(words, k=12)) for _ in range(300))]), encoding="utf-8"
+    )
     return path
 
 
@@ -97,10 +99,10 @@ def test_transformers_gives_the_same_ids(text, tmp_path, flags):
     """AutoTokenizer on a checkpoint's copy of the vocabulary has the ids of training on lines of several scripts."""
     ours = make(text, "--output_dir", tmp_path / "v", "--size", 350, *flags)
     (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "xlnet"}')
+    (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "xlnet"}', encoding="utf-8")
     ours.save(tmp_path / "checkpoint")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
-    for line in text.read_text().split("\n"):
+    for line in text.read_text(encoding="utf-8").split("\n"):
         assert theirs.encode(line, add_special_tokens=False) == ours.encode(line)
 
 
@@ -109,9 +111,9 @@ def test_the_same_text_gives_the_same_vocabulary(text, tmp_path):
 
     Their scores may then differ in the last bits, because sums are taken in another order.
     """
-    lines = text.read_text().split("\n")
-    (tmp_path / "a.txt").write_text("\n".join(lines[150:]))
-    (tmp_path / "b.txt").write_text("\n".join(lines[:150]))
+    lines = text.read_text(encoding="utf-8").split("\n")
+    (tmp_path / "a.txt").write_text("\n".join(lines[150:]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join(lines[:150]), encoding="utf-8")
     tokenizers = []
     for name, files in (("v", [text]), ("w", [text]), ("x", [tmp_path / "a.txt", tmp_path / "b.txt"])):
         tokenizers.append(make(*files, "--output_dir", tmp_path / name, "--size", 300))
@@ -124,7 +126,7 @@ def test_the_same_text_gives_the_same_vocabulary(text, tmp_path):
 def test_no_line_is_dropped(tmp_path, mark):
     """A line of 120,000 characters trains pieces, and so do lines with characters at which SentencePiece drops them."""
     lines = f"{mark} zebra\n" * 100 if mark else "zebra " * 20_000
-    (tmp_path / "my.txt").write_text((ROOT / "data.txt").read_text() + lines)
+    (tmp_path / "my.txt").write_text((ROOT / "data.txt").read_text(encoding="utf-8") + lines, encoding="utf-8")
     tokenizer = make(tmp_path / "my.txt", "--output_dir", tmp_path / "v", "--size", 400)
     assert tokenizer.tokenize("zebra") == ["▁zebra"]
 
@@ -158,7 +160,7 @@ def test_word_piece_keeps_case_and_accents(text, tmp_path):
 
 def test_word_piece_of_a_text_without_capitals_keeps_accents(tmp_path):
     """A Japanese text has no capital; main.py would take its vocabulary for lower-case and strip accents from kana."""
-    (tmp_path / "my.txt").write_text("が ぎ か き がぎ かき です\n" * 50)
+    (tmp_path / "my.txt").write_text("が ぎ か き がぎ かき です\n" * 50, encoding="utf-8")
     tokenizer = make(tmp_path / "my.txt", "--output_dir", tmp_path / "v", "--size", 60, "--kind", "wordpiece")
     assert not tokenizer.config["do_lower_case"]
     assert tokenizer.tokenize("がぎ") == ["がぎ"] and tokenizer.tokenize("かき") == ["かき"]
@@ -178,8 +180,8 @@ def test_word_piece_in_lower_case(text, tmp_path):
 
 def test_a_small_text_is_used_whole(tmp_path):
     """All lines but blank ones, in the order of files and lines; a byte-order mark is no text."""
-    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\u2028two\r\n")
-    (tmp_path / "b.txt").write_text("three\nfour")
+    (tmp_path / "a.txt").write_text("\ufeffone\n\ntwo\u2028two\r\n", encoding="utf-8", newline="\n")
+    (tmp_path / "b.txt").write_text("three\nfour", encoding="utf-8", newline="\n")
     assert sample([tmp_path / "a.txt", tmp_path / "b.txt"], 10**6) == ["one", "two\u2028two\r", "three", "four"]
 
 
@@ -189,8 +191,8 @@ def test_a_sample_is_even_and_within_the_limit(tmp_path):
     Whole lines are drawn, in their order; long ones as often as short ones; the same at every call.
     """
     lines = [f"{i} {'x' * (i % 2 * 50)}" for i in range(20_000)]
-    (tmp_path / "a.txt").write_text("\n".join(lines[:15_000]) + "\n")
-    (tmp_path / "b.txt").write_text("\n".join(lines[15_000:]))
+    (tmp_path / "a.txt").write_text("\n".join(lines[:15_000]) + "\n", encoding="utf-8", newline="\n")
+    (tmp_path / "b.txt").write_text("\n".join(lines[15_000:]), encoding="utf-8", newline="\n")
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     limit = sum(len(line) + 1 for line in lines) // 4
     drawn = sample(paths, limit)
@@ -212,7 +214,7 @@ def test_chance_does_not_break_the_limit(tmp_path, monkeypatch):
             return 0.0
 
     monkeypatch.setattr(make_vocabulary.random, "Random", Always)
-    (tmp_path / "my.txt").write_text(f"{'x' * 1000}\n" * 20)
+    (tmp_path / "my.txt").write_text(f"{'x' * 1000}\n" * 20, encoding="utf-8")
     assert len(sample([tmp_path / "my.txt"], 7500)) == 7
 
 
@@ -220,7 +222,7 @@ def test_a_file_of_one_line_is_sampled(tmp_path, monkeypatch):
     """Parts of a line that no line end cuts are drawn evenly; together they are the line, cut at spaces."""
     monkeypatch.setattr(corpus, "CHUNK", 10_000)  # many chunks
     words = [f"w{i}" for i in range(100_000)]
-    (tmp_path / "my.txt").write_text(" ".join(words))
+    (tmp_path / "my.txt").write_text(" ".join(words), encoding="utf-8")
     with tqdm(disable=True) as progress:
         parts = list(make_vocabulary.read_lines(str(tmp_path / "my.txt"), progress))
     assert "".join(parts) == " ".join(words) and all(part.endswith(" ") for part in parts[:-1])
@@ -243,7 +245,7 @@ def test_memory_holds_the_sample_and_not_the_file(tmp_path):
     """Sampling 0.1 MB of 20 MB takes less than 8 MB at its peak; a chunk is 1 MB, for a while there are a few."""
     import tracemalloc
 
-    (tmp_path / "my.txt").write_text(f"{'words ' * 100}\n" * 33_000)
+    (tmp_path / "my.txt").write_text(f"{'words ' * 100}\n" * 33_000, encoding="utf-8")
     tracemalloc.start()
     drawn = sample([tmp_path / "my.txt"], 100_000)
     peak = tracemalloc.get_traced_memory()[1]
@@ -262,7 +264,7 @@ def test_the_command_that_it_prints_works(text, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     _, fit, command = done.stdout.splitlines()
     tokenizer = corpus.load_tokenizer(tmp_path / "my vocabulary")
-    lines = text.read_text().split("\n")
+    lines = text.read_text(encoding="utf-8").split("\n")
     mean = sum(len(tokenizer.encode(line)) for line in lines) / sum(len(line.split()) for line in lines)
     assert "300 pieces" in fit and "0.00% of the pieces are unknown" in fit and f"{mean:.2f} pieces" in fit
     small = "--seq_len 32 --reuse_len 16 --perm_size 8 --mem_len 8 --num_predict 6 --n_layer 1 --train_steps 1"
@@ -300,8 +302,8 @@ def test_unknown_pieces_are_counted(tmp_path):
 def test_a_mistake_gets_one_line(tmp_path, monkeypatch, capsys, flags, words):
     """The line names the flag or file, its value and the remedy; exit status 2, no traceback, no vocabulary."""
     monkeypatch.chdir(tmp_path)
-    Path("my.txt").write_text((ROOT / "data.txt").read_text())
-    Path("empty.txt").write_text("\n \n")
+    Path("my.txt").write_text((ROOT / "data.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    Path("empty.txt").write_text("\n \n", encoding="utf-8")
     Path("latin.txt").write_bytes("one\nMünchen\n".encode("latin-1"))
     Path("folder").mkdir()
     for folder, name in (("full", "spiece.model"), ("words", "vocab.txt"), ("config", "tokenizer_config.json")):
@@ -328,5 +330,5 @@ def test_a_missing_package_is_named(monkeypatch, kind, package):
 def test_the_config_says_how_text_is_treated(text, tmp_path):
     """tokenizer_config.json beside the model has the two entries that main.py and transformers read."""
     make(text, "--output_dir", tmp_path / "v", "--size", 300)
-    config = json.loads((tmp_path / "v" / "tokenizer_config.json").read_text())
+    config = json.loads((tmp_path / "v" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config == {"do_lower_case": False, "keep_accents": True}

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -40,10 +39,8 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(context):
     """Return a function that starts main.main(argv), or another target, in n processes; they end with the tests."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main", "torch._dynamo"])  # which the first update imports
     started = []
 
     def start(n, argv, folder, target=main.main):
@@ -208,6 +205,7 @@ def unbroken(start, tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(os.name == "nt", reason="os.kill ends a process of Windows at once")
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_stops_all_after_the_same_step(start, unbroken, tmp_path, signum):
@@ -234,7 +232,8 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(start, unbroken, 
     while len(checkpoint.checkpoints(folder / "run")) < 2:
         time.sleep(0.01)
     children[1].kill()
-    assert join(children) == [1, -signal.SIGKILL]
+    [first, second] = join(children)
+    assert first == 1 and second != 0
     [line] = (folder / "0.err").read_text().splitlines()
     assert line.startswith("main.py: another process of the run is gone") and "--resume" in line
     assert join(start(2, ["--resume"], folder)) == [0, 0]

@@ -27,7 +27,7 @@ import learning
 import step_time
 
 ROOT = Path(main.__file__).parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if not language]
 COMMANDS = [
     line.removeprefix("$ ")
@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 
 def run(command, folder, extra=""):
     """Run a command, with more flags behind it, as a reader does; return what it prints."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = f"{command} {extra}"
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
