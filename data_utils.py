@@ -421,10 +421,11 @@ class Loader:
         windows = n_windows(len(self.turns[0][0].ids), seq_len, reuse_len)
         if windows == 0:
             needed = seq_len * (n_rows // 2 if bi_data else n_rows)
-            fewer = "--rows" if n_rows > batch_size else "--batch_size"
+            remedy = "give more text, or a smaller --seq_len"
+            if needed > seq_len:
+                remedy += " or --rows" if n_rows > batch_size else " or --batch_size"
             raise ValueError(
-                f"has {len(text.ids)} tokens and needs {needed}, a window of --seq_len {seq_len} for each row; "
-                f"give more text, or a smaller --seq_len or {fewer}"
+                f"has {len(text.ids)} tokens and needs {needed}, a window of --seq_len {seq_len} for each row; {remedy}"
             )
         self.pass_len = windows * len(self.turns)  # steps
 

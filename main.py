@@ -55,7 +55,7 @@ class Stopped(Exception):
     def __str__(self) -> str:
         saved = "nothing is saved without --output_dir"
         if self.output_dir:
-            saved = f"saved {self.output_dir}/checkpoint-{self.step}, --resume goes on"
+            saved = f"saved {self.output_dir}/checkpoint-{self.step}; go on with --resume {self.output_dir}"
         return f"stopped after step {self.step}; {saved}"
 
 
@@ -380,10 +380,11 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
         if is_saved and (is_copy or not os.path.exists(args.tokenizer)):
             args.tokenizer = source  # each checkpoint has a copy; that of an earlier one may be deleted
         if given.output_dir is None:  # the run goes on in the folder of its checkpoint
-            args.output_dir = os.path.dirname(os.path.abspath(source))
+            args.output_dir = os.path.dirname(source) or "."
     elif given.init_checkpoint:
         source = find_model(given.init_checkpoint)
-        args = flags.parse(argv, *flags_of_model(source))
+        fixed, suggested = flags_of_model(source, given.init_checkpoint)
+        args = flags.parse(argv, fixed, given.init_checkpoint, suggested)
     flags.fill_defaults(args, processes.world_size())
     flags.check(args, processes.world_size())
     return args, state, source
@@ -392,27 +393,29 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
 def find_model(name: str) -> str:
     """Return the folder of a model: of a checkpoint, of the newest one in a run's folder, or of a name at the hub."""
     if not os.path.isdir(name):
-        return hub.fetch(name, check=flags_of_model)
+        return hub.fetch(name, check=lambda folder: flags_of_model(folder, name))
     newest = checkpoint.checkpoints(name)[:1]
     return str(newest[0]) if newest else name
 
 
-def flags_of_model(source: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Return the flags that a model fixes, its folder, and the flags that a command line may change.
+def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the flags that a model fixes, and those that a command line may change.
 
     Fixed are the shape, and the vocabulary if there is one. Dropout may change.
+
+    source: the folder of the model; name: its name for messages
     """
     try:
         config = xlnet.read_config(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"--init_checkpoint {source}: {error}; give the folder of an XLNet") from None
-    fixed = {name: config[name] for name in SHAPE if name in config}
+        raise UserError(f"--init_checkpoint {name}: {error}; give the folder of an XLNet") from None
+    fixed = {flag: config[flag] for flag in SHAPE if flag in config}
     if corpus.find_vocabulary(Path(source)) is not None:
         fixed["tokenizer"] = source
     suggested = {}
     if "dropout" in config:  # transformers has one rate for both
         suggested = {"dropout": config["dropout"], "dropatt": config.get("dropatt", config["dropout"])}
-    return fixed, source, suggested
+    return fixed, suggested
 
 
 def hold_out(text: corpus.Text, args: argparse.Namespace) -> tuple[corpus.Text, corpus.Text]:
@@ -489,11 +492,13 @@ def make_model(
     try:
         n_token = xlnet.read_config(source)["n_token"]
         if n_token != vocab.size:
-            raise ValueError(f"it has {n_token} word pieces and --tokenizer {args.tokenizer} {vocab.size}")
+            own = corpus.find_vocabulary(Path(source))
+            remedy = "it has no spiece.model or vocab.txt of its own" if own is None else "leave --tokenizer out"
+            raise ValueError(f"it has {n_token} word pieces and --tokenizer {args.tokenizer} {vocab.size}; {remedy}")
         return model_class.from_pretrained(source, **arguments)
     except (OSError, ValueError, SafetensorError) as error:
-        flag = "resume" if args.resume is not None else "init_checkpoint"
-        raise UserError(f"--{flag} {source}: {error}; give an XLNet that fits") from None
+        given = f"--resume {source}" if args.resume is not None else f"--init_checkpoint {args.init_checkpoint}"
+        raise UserError(f"{given}: {error}; give an XLNet that fits") from None
 
 
 def check_run(run: Run) -> None:
@@ -509,6 +514,8 @@ def check_run(run: Run) -> None:
     advice = "give the old one, or start anew in another --output_dir"
     if state.vocabulary != run.vocab.digest:
         raise UserError(f"--tokenizer {args.tokenizer}: the vocabulary has changed since the run began; {advice}")
+    if args.eval_only:
+        return
     if state.text != run.text.digest:
         raise UserError(
             f"--data {list_files(args.data)}: the text has changed since the run began, or the share of it that "
@@ -549,26 +556,30 @@ def make_reporter(run: Run, silent: bool = False) -> Reporter:
     )
 
 
-def describe(run: Run, entropy: float) -> str:
-    """Return the first line of a run; warn if the vocabulary does not know much of the text."""
+def describe(run: Run) -> str:
+    """Return the first line of a run."""
+    line = describe_model(run, run.text, list_files([Path(path).name for path in run.args.data]))
+    n_windows = run.loader.pass_len * run.args.batch_size
+    line += f"; {n_windows} windows a pass, {run.total_updates:,} updates"
+    if run.valid_text is not None:
+        line += f"; validation: {len(run.valid_text.ids):,} tokens"
+    return line
+
+
+def describe_model(run: Run, text: corpus.Text, name: str) -> str:
+    """Return what model meets what text; warn if the vocabulary does not know much of it."""
     n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    n_tokens = len(run.text.ids)
-    unknown = run.text.counts[run.vocab.unk_id] / n_tokens
+    n_tokens = len(text.ids)
+    unknown = text.counts[run.vocab.unk_id] / n_tokens
     if unknown > MANY_UNKNOWN:
         warn(
             f"--tokenizer {run.args.tokenizer} does not know {unknown:.1%} of the text's pieces; make a vocabulary of "
             f"its own with examples/make_vocabulary.py"
         )
-    files = list_files([Path(path).name for path in run.args.data])
-    n_windows = run.loader.pass_len * run.args.batch_size
-    line = (
-        f"XLNet of {n_parameters:,} parameters on {run.device.type}; {files}: {n_tokens:,} tokens, "
-        f"{unknown:.1%} unknown, unigram entropy {entropy:.3f}; {n_windows} windows a pass, "
-        f"{run.total_updates:,} updates"
+    return (
+        f"XLNet of {n_parameters:,} parameters on {run.device.type}; {name}: {n_tokens:,} tokens, "
+        f"{unknown:.1%} unknown, unigram entropy {corpus.unigram_entropy(text.counts):.3f}"
     )
-    if run.valid_text is not None:
-        line += f"; validation: {len(run.valid_text.ids):,} tokens"
-    return line
 
 
 def what_processes_share(run: Run) -> dict[str, Any]:
@@ -585,15 +596,17 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
     with processes.connected():
         run = processes.together(lambda: prepare(argv, loader_class, model_class))
         processes.check_same(what_processes_share(run))
-        entropy = corpus.unigram_entropy(run.text.counts)
         if run.args.eval_only:
-            return evaluate_only(run, entropy)
+            return evaluate_only(run)
+        entropy = corpus.unigram_entropy(run.text.counts)
         if run.args.output_dir and processes.rank() == 0:
             checkpoint.set_aside(run.args.output_dir, run.first_step)
         with contextlib.closing(make_reporter(run)) as reporter:
-            reporter.line(describe(run, entropy))
+            reporter.line(describe(run))
             if run.state is not None:
                 reporter.line(f"Going on from {run.source}, after step {run.first_step} of {run.last_step}")
+            if run.first_step == run.last_step:
+                reporter.line("The run is at its end; a larger --num_step or --train_steps goes on")
             for _ in train(run, reporter):
                 pass
             last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
@@ -609,15 +622,17 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
     return reporter.last | {"updates": run.total_updates, "mean_loss": mean_loss, "unigram_entropy": entropy}
 
 
-def evaluate_only(run: Run, entropy: float) -> dict[str, Any]:
+def evaluate_only(run: Run) -> dict[str, Any]:
     """Print the loss of a model on the validation text, and return it as `main` does."""
+    share = flags.share(run.args.valid)
+    name = f"{share:g} of --data" if share else Path(run.args.valid).name
     with contextlib.closing(make_reporter(run)) as reporter, processes.stop_signals() as received_signal:
-        reporter.line(describe(run, entropy))
+        reporter.line(describe_model(run, run.valid_text, name))
         loss = evaluate(run.model, run.valid_loader, run.device, run.args.bf16, received_signal)
         if loss is None:
             raise Stopped(received_signal(), run.first_step, None)
         reporter.validation(loss)
-    return {"validation_loss": loss, "unigram_entropy": entropy}
+    return {"validation_loss": loss, "unigram_entropy": corpus.unigram_entropy(run.valid_text.counts)}
 
 
 def end(status: int, message: str) -> NoReturn:
@@ -634,7 +649,7 @@ def main(
 
     loader_class, model_class: a variant of the data or of the model; see examples/variant.py and CONTRIBUTING.md
     -> the columns of metrics.csv in the last step, if one was made; updates; mean_loss of the last pass;
-    unigram_entropy
+    unigram_entropy. With --eval_only validation_loss, and unigram_entropy of the validation text
     """
     if sys.stderr is None:  # python main.py 2>&-
         sys.stderr = open(os.devnull, "w", encoding="utf-8")

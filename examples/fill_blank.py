@@ -171,7 +171,10 @@ def load(folder: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
     The model reads forwards, with one row, even if it was trained with bi_data.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"MODEL {folder}: no such folder; give that of a checkpoint, a run or a Hugging Face XLNet")
+        raise UserError(
+            f"MODEL {folder}: no such folder; give that of a checkpoint, a run or a Hugging Face XLNet (only main.py "
+            f"--init_checkpoint takes a name at the hub)"
+        )
     in_run = checkpoint.checkpoints(folder)
     path = in_run[0] if in_run else Path(folder)
     try:
@@ -180,7 +183,9 @@ def load(folder: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
         raise UserError(f"MODEL {path}: {error}; give the folder of an XLNet") from None
     vocab_file = corpus.find_vocabulary(path)
     if vocab_file is None:
-        raise UserError(f"MODEL {path} has no vocabulary; put its spiece.model or vocab.txt there")
+        raise UserError(
+            f"MODEL {path} has no spiece.model or vocab.txt; give the checkpoint of a pretrained model, no classifier"
+        )
     try:
         tokenizer = corpus.load_tokenizer(vocab_file)
         vocab = corpus.vocabulary(tokenizer)
@@ -390,7 +395,7 @@ def show_fillings(
             for filling in fillings(model, tokenizer, parts, blank, length, vocab.unk_id, mems, top):
                 probability, cost = np.exp(filling.log_p), -filling.log_p / length
                 pieces = " ".join(filling.pieces)
-                text = join_pieces(filling.pieces, tokenizer)
+                text = join_pieces(filling.pieces, tokenizer) or "a space"
                 shown = text if text == pieces else f"{text}  ({pieces})"
                 print(f"{blank + 1:5}  {length:6}  {probability:11.4f}  {cost:10.2f}  {shown}")
 

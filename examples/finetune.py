@@ -112,6 +112,7 @@ def finetune(args: argparse.Namespace) -> None:
 
     Raises UserError if a flag, a file or a missing package stands in the way.
     """
+    refuse_used_folder(args.output_dir)
     train, valid = read_examples_of(args)
     labels = sorted({example.label for example in [*train, *valid]})
     checkpoint = find_checkpoint(args.checkpoint)
@@ -292,11 +293,15 @@ def find_checkpoint(name: str) -> Path:
     return folder
 
 
-def open_folder(output_dir: str) -> None:
-    """Make the folder of the new model; raise UserError if it holds a model or a run, or cannot be written to."""
-    folder = Path(output_dir)
-    if (folder / "config.json").exists() or checkpoints(folder):
+def refuse_used_folder(output_dir: str) -> None:
+    """Raise UserError if a folder holds a model or a run."""
+    if (Path(output_dir) / "config.json").exists() or checkpoints(output_dir):
         raise UserError(f"--output_dir {output_dir} holds a model already; give another folder")
+
+
+def open_folder(output_dir: str) -> None:
+    """Make the folder of the new model; raise UserError if it cannot be written to."""
+    folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").touch()

@@ -324,9 +324,11 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
     Raises UserError if there is none, or what it holds cannot be used.
     """
     if not name and not output_dir:
-        raise UserError("--resume needs --output_dir, or the name of a checkpoint")
+        raise UserError("--resume needs the folder of a run; give --resume DIR, or --output_dir DIR")
     if name and not Path(name).is_dir():
-        raise UserError(f"--resume {name} does not exist; give the folder of a checkpoint, or --output_dir alone")
+        raise UserError(f"--resume {name} does not exist; give the folder of a run or of a checkpoint")
+    if not name and not Path(output_dir).is_dir():
+        raise UserError(f"--resume: --output_dir {output_dir} does not exist; leave --resume out to begin a run there")
     in_folder = checkpoints(name or output_dir)
     if name and not in_folder and not any((Path(name) / file).exists() for file in ("SHA256SUMS", "trainer_state.pt")):
         raise UserError(f"--resume {name} is not a checkpoint and holds none; give the folder of one, or of a run")

@@ -365,6 +365,11 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """
     ids, special = tokenizer.vocab, tokenizer.special
     missing = [piece for piece in (special.sep, special.cls, special.unk) if piece not in ids]
+    if len(missing) == 3:
+        raise ValueError(
+            f"{tokenizer.vocab_file} is no vocabulary: it has no {', no '.join(missing)}; give a vocab.txt or a "
+            f"SentencePiece .model (a text is given with --data)"
+        )
     if missing:
         raise ValueError(f"the vocabulary has no {' and no '.join(missing)}; {tokenizer.remedy}")
     size = max(ids.values()) + 1

@@ -26,6 +26,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError and leaves it to main to end the program."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; --help lists all flags"
         raise UserError(message)
 
 
@@ -81,10 +83,11 @@ def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
         args.mem_len = 3 * args.seq_len // 4
     if args.d_head is None:
         args.d_head = max(1, args.d_model // args.n_head)
+    if args.d_inner is None:
+        args.d_inner = args.d_model
     if args.learning_rate is None:
-        args.learning_rate = 4e-3
-        if args.init_checkpoint:
-            args.learning_rate = float(f"{1e-3 * (32 / args.d_model) ** (4 / 3):.2g}")
+        narrow = 1e-3 if args.init_checkpoint else 4e-3
+        args.learning_rate = float(f"{narrow * (32 / max(32, args.d_model)) ** (4 / 3):.2g}")
 
 
 def largest_block(args: argparse.Namespace) -> int:
@@ -165,14 +168,16 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     divisor = batch_divisor(args, world_size)
     if args.batch_size % divisor and args.resume is not None:
         shares = args.batch_size // batch_divisor(args, 1)
+        able = [str(n) for n in range(1, shares + 1) if shares % n == 0]
         raise UserError(
             f"--resume: the run has {shares} rows a step in each direction, which {world_size} processes cannot share "
-            f"evenly; start {nearest_divisors(world_size, shares, shares)} processes"
+            f"evenly; start {' or '.join(able)}"
         )
     if args.batch_size % divisor:
+        shared = f" on {world_size} processes" if world_size > 1 else ""
         raise UserError(
-            f"--batch_size {args.batch_size} must be a multiple of {divisor}, for --bi_data {args.bi_data} on "
-            f"{world_size} processes; try {math.ceil(args.batch_size / divisor) * divisor}"
+            f"--batch_size {args.batch_size} must be a multiple of {divisor}, for --bi_data {args.bi_data}{shared}; "
+            f"try {math.ceil(args.batch_size / divisor) * divisor}"
         )
     if args.rows is not None and args.rows % args.batch_size:
         raise UserError(
@@ -194,6 +199,10 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise UserError("--tensorboard needs a package that is not installed; pip install tensorboard")
     if args.eval_steps and not args.valid:
         raise UserError(f"--eval_steps {args.eval_steps} needs --valid; give a validation text")
+    if args.valid and share(args.valid) is None and not os.path.exists(args.valid):
+        raise UserError(
+            f"--valid {args.valid}: No such file; give a text file, or a share between 0 and 1 such as 0.01"
+        )
     if args.eval_only and not (args.valid and (args.init_checkpoint or args.resume is not None)):
         raise UserError("--eval_only needs --valid, and --init_checkpoint or --resume; give a text and a model")
 
@@ -431,7 +440,9 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         default=4,
         help="attention heads in a layer (default: %(default)s)",
     )
-    group.add_argument("--d_head", type=WIDTH, metavar="N", help="width of a head (default: d_model / n_head, 8)")
+    group.add_argument(
+        "--d_head", type=WIDTH, metavar="N", help="width of a head (default: d_model / n_head, rounded down, 8)"
+    )
     group.add_argument(
         "--d_model",
         type=number(int, 2, MOST_WIDTH),
@@ -443,8 +454,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--d_inner",
         type=WIDTH,
         metavar="N",
-        default=32,
-        help="width inside the feed-forward layer (default: %(default)s)",
+        help="width inside the feed-forward layer (default: d_model, 32)",
     )
     group.add_argument(
         "--dropout",
@@ -522,7 +532,7 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "--learning_rate",
         type=REAL,
         metavar="N",
-        help="peak of the schedule (default: 0.004; with --init_checkpoint 0.001 at width 32, less for wider models)",
+        help="peak of the schedule (default: by width, 0.004 up to 32, 0.00025 at 256; with --init_checkpoint a quarter)",
     )
     group.add_argument(
         "--weight_decay",
@@ -636,8 +646,8 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on from the newest whole checkpoint of --output_dir, or of a run named, or from a checkpoint named, "
-        "with its flags",
+        help="continue a run with its flags: that in --output_dir, or that of a run's folder or a checkpoint named "
+        "here",
     )
     group.add_argument(
         "--init_checkpoint",
@@ -649,9 +659,9 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--valid",
         type=not_empty,
-        metavar="FILE",
-        help="validation text, or a share such as 0.01: the last documents of --data, which are not trained on; "
-        "targets are the same at every evaluation, and with every batch_size (default: none)",
+        metavar="FILE_OR_SHARE",
+        help="validation text, or a share such as 0.01: the last documents of --data, whole ones between blank lines, "
+        "which are not trained on; targets are the same at every evaluation, and with every batch_size (default: none)",
     )
     group.add_argument(
         "--eval_steps",
@@ -663,7 +673,8 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eval_only",
         action="store_true",
-        help="evaluate the model of --init_checkpoint or --resume on --valid, and do nothing else",
+        help="evaluate the model of --init_checkpoint or --resume on --valid, and do nothing else; with "
+        "--init_checkpoint give the --seq_len of its training",
     )
     group.add_argument(
         "--log_steps",

@@ -132,6 +132,11 @@ def connected() -> Iterator[None]:
                 f"process {rank()} of WORLD_SIZE {world_size()} has waited {MEETING} s for the others: "
                 f"{str(error).partition(chr(10))[0]}; start all of them"
             ) from None
+        except ValueError as error:  # the environment lacks a variable
+            raise UserError(
+                f"WORLD_SIZE is {world_size()} in the environment, and {str(error).rpartition(': ')[2]}; start with "
+                f"torchrun, or unset WORLD_SIZE"
+            ) from None
         # one process may tokenize for long while the others wait
         day = datetime.timedelta(days=1)
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=day)

@@ -782,8 +782,8 @@ def mistakes(tmp_path_factory, text, twelve_steps):
     "words, expected",
     [
         ("--resume", ["--resume", "--output_dir"]),
-        ("--output_dir {tmp}/none --resume", ["no whole checkpoint", "{tmp}/none"]),
-        ("--resume {tmp}/run/checkpoint-3", ["--resume {tmp}/run/checkpoint-3 does not exist", "--output_dir"]),
+        ("--output_dir {tmp}/none --resume", ["--output_dir {tmp}/none does not exist", "leave --resume out"]),
+        ("--resume {tmp}/run/checkpoint-3", ["--resume {tmp}/run/checkpoint-3 does not exist", "of a run or of"]),
         ("--resume {tmp}", ["--resume {tmp} is not a checkpoint and holds none", "of a run"]),
         (
             "--resume {tmp}/run/checkpoint-12 --output_dir {tmp}/second",

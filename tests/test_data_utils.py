@@ -490,7 +490,7 @@ def test_a_share_of_the_members_gives_the_same_columns(bi_data):
     [
         (63, {}, "has 63 tokens and needs 64, a window of --seq_len 32 .* smaller --seq_len or --batch_size"),
         (127, {"n_rows": 4}, "has 127 tokens and needs 128, .* smaller --seq_len or --rows"),
-        (31, {"bi_data": True}, "has 31 tokens and needs 32, .*--batch_size"),
+        (31, {"bi_data": True}, "has 31 tokens and needs 32, .* or a smaller --seq_len$"),
     ],
 )
 def test_a_text_that_is_too_short(n_tokens, flags, message):

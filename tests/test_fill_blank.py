@@ -373,7 +373,7 @@ def test_a_model_of_bi_data_reads_forwards(tmp_path, vocab_files):
         (["nonesuch", "the ___"], ["MODEL nonesuch", "no such folder", "give"]),
         (["empty", "the ___"], ["MODEL empty", "config.json", "give the folder of an XLNet"]),
         (["bert", "the ___"], ["MODEL bert", "not that of an XLNet", "give the folder of an XLNet"]),
-        (["bare", "the ___"], ["MODEL bare", "no vocabulary", "spiece.model or vocab.txt"]),
+        (["bare", "the ___"], ["MODEL bare", "no spiece.model or vocab.txt"]),
         (["other", "the ___"], ["MODEL other", "12 pieces", "13", "right one"]),
         (["tiny", "the cat"], ["TEXT 'the cat'", "no blank", "___", "--score"]),
         (["tiny", "the __ cat"], ["no blank", "___"]),

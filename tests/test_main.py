@@ -527,7 +527,7 @@ def test_another_share_is_another_text(documents, tmp_path, capsys):
     assert main.main(resume)["step"] == 4
 
 
-def test_evaluating_alone(documents, tmp_path, capsys):
+def test_evaluating_alone(documents, tmp_path, capsys, monkeypatch):
     """--eval_only prints the loss that training ended with, of a run or a model, and writes nothing."""
     out = tmp_path / "out"
     texts = [*TINY, "--data", str(documents), "--valid", "0.2"]
@@ -535,6 +535,7 @@ def test_evaluating_alone(documents, tmp_path, capsys):
     trained = main.main([*SMALL, *texts, *words])
     before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
     capsys.readouterr()
+    monkeypatch.setattr(main.checkpoint, "open_output_dir", None)  # another process may train there meanwhile
     for words in (
         ["--resume", str(out), "--eval_only"],
         [*texts, "--init_checkpoint", str(out), "--eval_only"],
@@ -543,7 +544,8 @@ def test_evaluating_alone(documents, tmp_path, capsys):
         result = main.main(words)
         lines = capsys.readouterr().out.splitlines()
         assert result["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-6)
-        assert len(lines) == 2 and lines[1].startswith(f"Validation cost = {result['validation_loss']:.6f}")
+        assert len(lines) == 2 and re.search(r"; 0.2 of --data: \d+ tokens, .* unigram entropy [\d.]+$", lines[0])
+        assert lines[1].startswith(f"Validation cost = {result['validation_loss']:.6f}")
     assert before == sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
 
 
@@ -559,7 +561,7 @@ def test_a_trained_model_is_evaluated_before_it_goes_on(documents, tmp_path, cap
     assert ["Validation" in line for line in lines] == [False, True, False, False, True, False, False]
     assert float(lines[1].split()[3]) == pytest.approx(trained["validation_loss"], abs=1e-6)
     args = main.prepare([*argv, "--init_checkpoint", str(out)]).args
-    assert (args.dropout, args.dropatt, args.learning_rate) == (0.2, 0.3, float(f"{1e-3 * 4 ** (4 / 3):.2g}"))
+    assert (args.dropout, args.dropatt, args.learning_rate) == (0.2, 0.3, 1e-3)
     assert main.prepare([*argv, "--init_checkpoint", str(out), "--dropout", "0"]).args.dropout == 0.0
 
 
@@ -571,6 +573,9 @@ def test_a_run_says_where_it_comes_from_and_where_it_goes(tmp_path, capsys):
     main.main(["--resume", str(out), "--train_steps", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"Going on from {out}/checkpoint-2, after step 2 of 3"
+    main.main(["--resume", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "The run is at its end; a larger --num_step or --train_steps goes on" and len(lines) == 5
     main.main([*SMALL, *TINY, "--train_steps", "1"])
     assert capsys.readouterr().out.splitlines()[-1] == "Nothing is saved; --output_dir saves the model in a folder"
 
@@ -632,7 +637,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys, sig
         main.main([*SMALL, *(["--output_dir", str(out)] if save else [])])
     printed, err = capsys.readouterr()
     assert stop.value.code == status and printed.count("Number of Epoch") == 3
-    saved = f"saved {out}/checkpoint-3, --resume goes on" if save else "nothing is saved without --output_dir"
+    saved = f"saved {out}/checkpoint-3; go on with --resume {out}" if save else "nothing is saved without --output_dir"
     assert err == f"main.py: stopped after step 3; {saved}\n"
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
     if save:
@@ -710,7 +715,8 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     out, err = process.communicate(timeout=60)
     step = 3 + out.count("Number of Epoch")
     assert process.returncode == 130
-    assert err == f"main.py: stopped after step {step}; saved {tmp_path}/out/checkpoint-{step}, --resume goes on\n"
+    out = tmp_path / "out"
+    assert err == f"main.py: stopped after step {step}; saved {out}/checkpoint-{step}; go on with --resume {out}\n"
 
 
 @POSIX
@@ -784,7 +790,7 @@ def test_a_reader_that_leaves_stops_a_run_that_saves(tmp_path):
     err = process.stderr.read()
     assert process.wait(60) == 128 + 13
     [newest, *_] = main.checkpoint.checkpoints(out)
-    assert err.endswith(f"saved {newest}, --resume goes on\n") and err.count("\n") == 1
+    assert err.endswith(f"saved {newest}; go on with --resume {newest.parent}\n") and err.count("\n") == 1
 
 
 @pytest.mark.slow
