@@ -532,7 +532,8 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "--learning_rate",
         type=REAL,
         metavar="N",
-        help="peak of the schedule (default: by width, 0.004 up to 32, 0.00025 at 256; with --init_checkpoint a quarter)",
+        help="peak of the schedule (default: by width, 0.004 up to 32, 0.00025 at 256; a quarter with "
+        "--init_checkpoint)",
     )
     group.add_argument(
         "--weight_decay",
