@@ -8,6 +8,7 @@ evaluate   the loss on a validation set
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -28,13 +29,14 @@ from torch.nn.utils import clip_grad_norm_
 
 import xlnet
 from data_utils import Loader, default_rows, evaluation_rows, members_of_process, prefetch
-from support import UserError, checkpoint, corpus, flags, hub, processes, warn
+from support import UserError, checkpoint, corpus, flags, processes, warn
 from support.checkpoint import TrainingState
 from support.report import Reporter
 from xlnet import XLNet, prediction_loss
 
 # flags that an --init_checkpoint fixes
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
+LENGTHS = ("seq_len", "reuse_len", "perm_size", "num_predict", "mem_len")  # of a window
 PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
 SIGPIPE = 13  # the number that a shell gives a reader who has gone; Windows lacks the name
 MOST_STEPS_UNSAVED = 1000  # by default
@@ -295,7 +297,7 @@ def save_checkpoint(
         variant=run.variant,
     )
     if state is not None:
-        config = run.vocab.hugging_face_config()
+        config = run.vocab.hugging_face_config() | {name: vars(run.args)[name] for name in LENGTHS}
         checkpoint.save(run.args.output_dir, state, run.model, run.tokenizer, config, run.args.save_total_limit)
         reporter.draw()
 
@@ -382,20 +384,15 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
         if given.output_dir is None:  # the run goes on in the folder of its checkpoint
             args.output_dir = os.path.dirname(source) or "."
     elif given.init_checkpoint:
-        source = find_model(given.init_checkpoint)
-        fixed, suggested = flags_of_model(source, given.init_checkpoint)
-        args = flags.parse(argv, fixed, given.init_checkpoint, suggested)
+        name = given.init_checkpoint
+        source = checkpoint.find_model(name, "--init_checkpoint", check=lambda folder: flags_of_model(folder, name))
+        fixed, suggested = flags_of_model(source, name)
+        if given.seq_len is None:  # lengths belong together
+            suggested |= lengths_of_model(source)
+        args = flags.parse(argv, fixed, name, suggested)
     flags.fill_defaults(args, processes.world_size())
     flags.check(args, processes.world_size())
     return args, state, source
-
-
-def find_model(name: str) -> str:
-    """Return the folder of a model: of a checkpoint, of the newest one in a run's folder, or of a name at the hub."""
-    if not os.path.isdir(name):
-        return hub.fetch(name, check=lambda folder: flags_of_model(folder, name))
-    newest = checkpoint.checkpoints(name)[:1]
-    return str(newest[0]) if newest else name
 
 
 def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -416,6 +413,13 @@ def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, An
     if "dropout" in config:  # transformers has one rate for both
         suggested = {"dropout": config["dropout"], "dropatt": config.get("dropatt", config["dropout"])}
     return fixed, suggested
+
+
+def lengths_of_model(source: str) -> dict[str, int]:
+    """Return the lengths of the windows on which a checkpoint was trained; {} for a model that does not tell them."""
+    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    lengths = {name: config.get(name) for name in LENGTHS}
+    return lengths if all(type(length) is int for length in lengths.values()) else {}
 
 
 def hold_out(text: corpus.Text, args: argparse.Namespace) -> tuple[corpus.Text, corpus.Text]:

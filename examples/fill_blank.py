@@ -5,8 +5,9 @@
     python examples/fill_blank.py out "the president of the united states" --score
 
 MODEL is the folder of a checkpoint, of a run (its newest checkpoint is used), or of any Hugging Face XLNet with its
-vocabulary. Three or more underscores are a blank. The query stream predicts each blank from the rest of TEXT, and from
-the memory of --context; the other blanks of TEXT, one piece each, are hidden.
+vocabulary, or a name at the hub such as xlnet/xlnet-base-cased. Three or more underscores are a blank. The query stream
+predicts each blank from the rest of TEXT, and from the memory of --context; the other blanks of TEXT, one piece each,
+are hidden.
 
 The model is told how many pieces a blank has, by their positions. So the probabilities of all fillings of one length
 add up to 1, and a probability compares fillings of the same length. The column "nats/piece" is -log(probability) /
@@ -99,7 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags of a command line; raise UserError for a wrong one."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", type=flags.not_empty, help="folder of a checkpoint, run or XLNet")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        type=flags.not_empty,
+        help="folder of a checkpoint, run or XLNet, or a name at the hub",
+    )
     parser.add_argument("text", metavar="TEXT", help="a sentence; ___ is a blank")
     parser.add_argument(
         "--pieces",
@@ -165,18 +171,12 @@ def check_special_pieces(text: str, tokenizer: Tokenizer) -> None:
             raise UserError(f"TEXT {text!r} holds the special piece {piece}; leave it out, and write ___ for a blank")
 
 
-def load(folder: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
-    """Return the model, tokenizer and vocabulary in the folder of a model, or of a run; raise UserError if it has none.
+def load(name: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
+    """Return the model, tokenizer and vocabulary of a model, by its folder, that of a run, or its name at the hub.
 
     The model reads forwards, with one row, even if it was trained with bi_data.
     """
-    if not Path(folder).is_dir():
-        raise UserError(
-            f"MODEL {folder}: no such folder; give that of a checkpoint, a run or a Hugging Face XLNet (only main.py "
-            f"--init_checkpoint takes a name at the hub)"
-        )
-    in_run = checkpoint.checkpoints(folder)
-    path = in_run[0] if in_run else Path(folder)
+    path = Path(checkpoint.find_model(name, "MODEL"))
     try:
         model = XLNet.from_pretrained(path, bi_data=False).eval()
     except (OSError, ValueError, SafetensorError) as error:

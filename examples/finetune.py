@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import UserError, corpus, flags, mistakes_in_one_line
-from support.checkpoint import checkpoints
+from support.checkpoint import checkpoints, find_model
 
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMN = "label"
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint",
         type=flags.not_empty,
         help="folder of a checkpoint, of a run (its newest checkpoint is used), or of any Hugging Face XLNet with its "
-        "tokenizer",
+        "tokenizer, or its name at the hub",
     )
     parser.add_argument("train", type=flags.not_empty, metavar="train_file", help="examples to train on")
     parser.add_argument(
@@ -280,11 +280,11 @@ def read_examples(path: str, flag: str) -> list[Example]:
 
 
 def find_checkpoint(name: str) -> Path:
-    """Return the folder of a model: the one named, or the newest checkpoint in it.
+    """Return the folder of a model: the one named, the newest checkpoint in it, or one of the hub.
 
     Raises UserError if it holds none.
     """
-    folder = next(iter(checkpoints(name)), Path(name))
+    folder = Path(find_model(name, "checkpoint"))
     if not (folder / "config.json").is_file():
         raise UserError(
             f"checkpoint {name} is no model and no run; give a folder with config.json, model.safetensors and a "

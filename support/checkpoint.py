@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from support import UserError, processes, warn
+from support import UserError, hub, processes, warn
 from support.corpus import sha256
 
 NEEDED = {"model.safetensors", "trainer_state.pt"}
@@ -340,6 +340,18 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
     raise UserError(
         f"--resume: there is no whole checkpoint in {name or output_dir}; start anew without it, in another folder"
     )
+
+
+def find_model(name: str, flag: str, check: Callable[[str], object] | None = None) -> str:
+    """Return the folder of a model: the one named, the newest checkpoint in the folder of a run, or one of the hub.
+
+    flag: which has this value, for messages; check: see hub.fetch
+    Raises UserError if there is no such folder and no such model at the hub.
+    """
+    if not Path(name).is_dir():
+        return hub.fetch(name, flag, check)
+    newest = checkpoints(name)[:1]
+    return str(newest[0]) if newest else name
 
 
 def load(checkpoint: Path) -> TrainingState:

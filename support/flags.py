@@ -73,6 +73,8 @@ def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
         args.batch_size = batch_divisor(args, world_size)
     if args.num_step is None and args.train_steps is None:
         args.num_step = 100
+    if args.seq_len is None:
+        args.seq_len = 512
     if args.reuse_len is None:
         args.reuse_len = args.seq_len // 2
     if args.perm_size is None:
@@ -377,8 +379,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--seq_len",
         type=number(int, 5, MOST_TOKENS),
         metavar="N",
-        default=512,
-        help="tokens in a window (default: %(default)s)",
+        help="tokens in a window (default: 512; with --init_checkpoint that of a checkpoint of this project)",
     )
     group.add_argument(
         "--reuse_len",
@@ -674,8 +675,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--eval_only",
         action="store_true",
-        help="evaluate the model of --init_checkpoint or --resume on --valid, and do nothing else; with "
-        "--init_checkpoint give the --seq_len of its training",
+        help="evaluate the model of --init_checkpoint or --resume on --valid, and do nothing else",
     )
     group.add_argument(
         "--log_steps",

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, by name: `--init_checkpoint xlnet/xlnet-base-cased`."""
+"""Models of the Hugging Face hub, by name, such as xlnet/xlnet-base-cased."""
 
 import contextlib
 import json
@@ -28,29 +28,31 @@ class NoConnection(Exception):
     """The hub does not answer, or not to the end; the text is the reason."""
 
 
-def fetch(name: str, check: Callable[[str], object] | None = None) -> str:
+def fetch(name: str, flag: str, check: Callable[[str], object] | None = None) -> str:
     """Return the folder of a model's files in the cache of huggingface_hub, after downloading those that it lacks.
 
     Only the files that this project reads are downloaded. Without a connection the cached copy is used, with a warning.
     Several processes may fetch the same model at once: the client locks each file, and one of them downloads it.
 
     name: no folder, but as in xlnet/xlnet-base-cased; name@revision asks for a branch, a tag or a whole commit hash
+    flag: which has this value, for messages
     check: called with the folder before the weights are downloaded; it raises UserError if the model is not wanted
     Raises UserError if there is no such model, if it cannot be downloaded, or if it lacks config.json or weights.
     """
-    check_name(name)
-    huggingface_hub = import_client(name)
+    given = f"{flag} {name}"
+    check_name(name, given)
+    huggingface_hub = import_client(given)
     repo, _, revision = name.partition("@")
     revision = revision or "main"
 
     def download(files: list[str]) -> str:
-        with client_errors(name):
+        with client_errors(name, given):
             return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files)
 
     try:
-        with client_errors(name):
+        with client_errors(name, given):
             model = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-        weights = choose_weights(name, {file.rfilename for file in model.siblings or []})
+        weights = choose_weights(given, {file.rfilename for file in model.siblings or []})
         folder = download(SMALL_FILES)
         if check is not None:
             check(folder)
@@ -61,39 +63,39 @@ def fetch(name: str, check: Callable[[str], object] | None = None) -> str:
         folder = cached_copy(repo, revision)
         if folder is None:
             raise UserError(
-                f"--init_checkpoint {name} is no folder here, and it cannot be downloaded from {endpoint()}: {error}; "
+                f"{given} is no folder here, and it cannot be downloaded from {endpoint()}: {error}; "
                 f"try again with a connection, or give a folder"
             ) from None
-        warn(f"--init_checkpoint {name}: {error}; going on with commit {Path(folder).name[:12]} from the cache")
+        warn(f"{given}: {error}; going on with commit {Path(folder).name[:12]} from the cache")
         if check is not None:
             check(folder)
     return folder
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, given: str) -> None:
     """Raise UserError if no model at the hub can have the name."""
     if os.path.exists(name):
-        raise UserError(f"--init_checkpoint {name} is not a folder; give the folder that holds config.json")
+        raise UserError(f"{given} is not a folder; give the folder that holds config.json")
     if not POSSIBLE_NAME.fullmatch(name):
-        raise not_a_name(name)
+        raise not_a_name(given)
 
 
-def not_a_name(name: str) -> UserError:
+def not_a_name(given: str) -> UserError:
     return UserError(
-        f"--init_checkpoint {name} is no folder here, and no model at the Hugging Face hub can have this name; give a "
+        f"{given} is no folder here, and no model at the Hugging Face hub can have this name; give a "
         f"folder, or a name such as {EXAMPLE}"
     )
 
 
-def not_found(name: str) -> UserError:
+def not_found(given: str) -> UserError:
     """Return the answer to an unknown name; the hub does not tell it from that of a private model."""
     return UserError(
-        f"--init_checkpoint {name} is no folder here, and {endpoint()} has no public model of this name; check the "
+        f"{given} is no folder here, and {endpoint()} has no public model of this name; check the "
         f"spelling; a private model needs `hf auth login`"
     )
 
 
-def import_client(name: str) -> ModuleType:
+def import_client(given: str) -> ModuleType:
     """Return the module huggingface_hub, which only names need; raise UserError if it is not installed."""
     try:
         import huggingface_hub
@@ -101,7 +103,7 @@ def import_client(name: str) -> ModuleType:
         return huggingface_hub
     except ImportError:
         raise UserError(
-            f"--init_checkpoint {name} is no folder here, and a name at the Hugging Face hub needs a package that is "
+            f"{given} is no folder here, and a name at the Hugging Face hub needs a package that is "
             f"not here; pip install huggingface_hub, or give a folder"
         ) from None
 
@@ -113,11 +115,11 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
-def choose_weights(name: str, files: set[str]) -> str:
+def choose_weights(given: str, files: set[str]) -> str:
     """Return the file of weights to read; raise UserError if a model with these files cannot be read."""
     if "config.json" not in files:
         raise UserError(
-            f"--init_checkpoint {name}: the hub has no config.json for it, so it is not a model that can be read; give "
+            f"{given}: the hub has no config.json for it, so it is not a model that can be read; give "
             f"an XLNet, such as {EXAMPLE}"
         )
     for weights in WEIGHTS:
@@ -125,12 +127,11 @@ def choose_weights(name: str, files: set[str]) -> str:
             return weights
     if any(f"{weights}.index.json" in files for weights in WEIGHTS):
         raise UserError(
-            f"--init_checkpoint {name}: its weights are in several files, and only one can be read; save them in one "
+            f"{given}: its weights are in several files, and only one can be read; save them in one "
             f"with transformers, model.save_pretrained(folder, max_shard_size='1TB'), and give that folder"
         )
     raise UserError(
-        f"--init_checkpoint {name}: the hub has neither {' nor '.join(WEIGHTS)} for it; give a model with one of them, "
-        f"such as {EXAMPLE}"
+        f"{given}: the hub has neither {' nor '.join(WEIGHTS)} for it; give a model with one of them, such as {EXAMPLE}"
     )
 
 
@@ -148,7 +149,7 @@ def cached_copy(repo: str, revision: str) -> str | None:
 
 
 @contextlib.contextmanager
-def client_errors(name: str) -> Iterator[None]:
+def client_errors(name: str, given: str) -> Iterator[None]:
     """Turn what the client raises in the with block into NoConnection, or into a UserError if the hub or disk refuses.
 
     Clients before 1.0 raise the errors of requests, later ones those of httpx; errors.HTTPError is the base of both.
@@ -158,18 +159,17 @@ def client_errors(name: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError:
-        raise not_a_name(name) from None
+        raise not_a_name(given) from None
     except errors.GatedRepoError:
         raise UserError(
-            f"--init_checkpoint {name} is gated; request access at {constants.ENDPOINT}/{name.partition('@')[0]}, "
-            f"then `hf auth login`"
+            f"{given} is gated; request access at {constants.ENDPOINT}/{name.partition('@')[0]}, then `hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise not_found(name) from None
+        raise not_found(given) from None
     except errors.RevisionNotFoundError:
         repo, _, revision = name.partition("@")
         raise UserError(
-            f"--init_checkpoint {name}: {constants.ENDPOINT}/{repo} has no revision {revision or 'main'}; give one of "
+            f"{given}: {constants.ENDPOINT}/{repo} has no revision {revision or 'main'}; give one of "
             f"its branches, tags or commits after the @"
         ) from None
     except errors.OfflineModeIsEnabled:
@@ -183,14 +183,14 @@ def client_errors(name: str) -> Iterator[None]:
         status = None if response is None else response.status_code
         if status == 403 or (status == 401 and "credentials" in response.headers.get("X-Error-Message", "")):
             raise UserError(
-                f"--init_checkpoint {name}: {constants.ENDPOINT} refuses your token: {first_line(error)}; "
+                f"{given}: {constants.ENDPOINT} refuses your token: {first_line(error)}; "
                 f"`hf auth login` with an account that may read the model, or `hf auth logout`"
             ) from None
         if status == 401:  # of a hub without TLS, whose 401 the client does not look into
-            raise not_found(name) from None
+            raise not_found(given) from None
         if isinstance(error, OSError) and error.errno is not None:  # errors of the network have none
             raise UserError(
-                f"--init_checkpoint {name}: cannot write it to {constants.HF_HUB_CACHE}: {error.strerror}; make room "
+                f"{given}: cannot write it to {constants.HF_HUB_CACHE}: {error.strerror}; make room "
                 f"there, or set HF_HOME to another folder"
             ) from None
         raise NoConnection(first_line(error.__cause__ or error)) from None

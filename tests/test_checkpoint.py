@@ -907,7 +907,7 @@ def test_ours_loads_what_transformers_wrote(tmp_path, head):
 
 
 def test_a_run_starts_from_an_earlier_one(tmp_path, capsys, default_shape):
-    """--init_checkpoint takes weights, shape and vocabulary, and nothing else."""
+    """--init_checkpoint takes weights, shape, dropout, vocabulary and the lengths of a window, and nothing else."""
     words = [
         "--init_checkpoint",
         default_shape,
@@ -923,7 +923,7 @@ def test_a_run_starts_from_an_earlier_one(tmp_path, capsys, default_shape):
     assert equal(weights(default_shape), weights(tmp_path / "out" / "checkpoint-1"))
     flags = checkpoint.load(tmp_path / "out" / "checkpoint-1").flags
     assert flags["tokenizer"] == str(default_shape)
-    assert (flags["d_model"], flags["seq_len"]) == (32, 512)
+    assert (flags["d_model"], flags["seq_len"], flags["seed"]) == (32, 64, 0)
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,7 @@ def test_a_model_of_bi_data_reads_forwards(tmp_path, vocab_files):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nonesuch", "the ___"], ["MODEL nonesuch", "no such folder", "give"]),
+        (["nonesuch", "the ___"], ["MODEL nonesuch is no folder here", "give a folder"]),
         (["empty", "the ___"], ["MODEL empty", "config.json", "give the folder of an XLNet"]),
         (["bert", "the ___"], ["MODEL bert", "not that of an XLNet", "give the folder of an XLNet"]),
         (["bare", "the ___"], ["MODEL bare", "no spiece.model or vocab.txt"]),

@@ -265,7 +265,7 @@ def test_a_tenth_is_held_out_without_valid(tmp_path, capsys):
         ("out quotes.csv", ["quotes.csv, line 2", "mend the quotes"]),
         ("out latin.tsv", ["latin.tsv, line 2", "UTF-8"]),
         ("out train.tsv --valid other.tsv", ["--valid other.tsv", "'plant'", "train.tsv"]),
-        ("nonesuch train.tsv", ["checkpoint nonesuch", "no model", "config.json"]),
+        ("nonesuch train.tsv", ["checkpoint nonesuch is no folder here", "give a folder"]),
         ("empty train.tsv", ["checkpoint empty", "no model"]),
         ("nothing train.tsv", ["checkpoint nothing", "cannot be loaded"]),
         ("headless train.tsv", ["checkpoint headless", "lacks the weights", "layer.2"]),

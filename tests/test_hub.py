@@ -205,7 +205,7 @@ def check(folder):
     if "refuse" in sys.argv:
         raise UserError("not wanted")
 with mistakes_in_one_line("main.py"):
-    print(hub.fetch(sys.argv[1], check))
+    print(hub.fetch(sys.argv[1], "--init_checkpoint", check))
 """
 
 

@@ -274,6 +274,7 @@ def test_a_released_model(clone: Path, released: Path, tmp_path: Path) -> None:
         (before,) = VALIDATION.findall(out)
         words = "--data domain.txt --valid held_out.txt --train_steps 80 --batch_size 2 --output_dir out"
         out = run(f"python main.py {name} {words}", clone, environment)
+        assert fillings(run('python examples/fill_blank.py someone/tiny-xlnet "two ___ days"', clone, environment))
         assert hub.downloads() == {"config.json": 1, "spiece.model": 1, "pytorch_model.bin": 1}
     assert VALIDATION.findall(out)[0] == before
     assert float(VALIDATION.findall(out)[-1]) < float(before) - 0.3

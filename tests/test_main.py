@@ -16,6 +16,7 @@ import torch
 
 import data_utils
 import main
+from main import LENGTHS
 from support import UserError, corpus, flags, report
 from xlnet import XLNet
 
@@ -539,6 +540,7 @@ def test_evaluating_alone(documents, tmp_path, capsys, monkeypatch):
     for words in (
         ["--resume", str(out), "--eval_only"],
         [*texts, "--init_checkpoint", str(out), "--eval_only"],
+        ["--data", str(documents), "--valid", "0.2", "--init_checkpoint", str(out), "--eval_only"],  # lengths are saved
         [*texts, "--init_checkpoint", str(out), "--eval_only", "--batch_size", "3"],
     ):
         result = main.main(words)
@@ -563,6 +565,9 @@ def test_a_trained_model_is_evaluated_before_it_goes_on(documents, tmp_path, cap
     args = main.prepare([*argv, "--init_checkpoint", str(out)]).args
     assert (args.dropout, args.dropatt, args.learning_rate) == (0.2, 0.3, 1e-3)
     assert main.prepare([*argv, "--init_checkpoint", str(out), "--dropout", "0"]).args.dropout == 0.0
+    own = ["--data", str(documents), "--init_checkpoint", str(out)]
+    lengths = [vars(main.prepare([*own, *words]).args)[name] for words in ([], ["--seq_len", "64"]) for name in LENGTHS]
+    assert lengths == [32, 16, 8, 6, 24] + [64, 32, 32, 10, 48]
 
 
 def test_a_run_says_where_it_comes_from_and_where_it_goes(tmp_path, capsys):
