@@ -179,6 +179,7 @@ def compare(
     args: argparse.Namespace, device: str, n_steps: int
 ) -> tuple[dict[str, list[float]], dict[str, float], int]:
     """Return the seconds of n_steps steps and the peak memory in MB of each model, and the FLOP of our step."""
+    torch.compiler.reset()  # the graphs of other sizes count towards a limit, above which nothing is compiled
     # a new process for each model: its peak is its own
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         peaks = pool.map(peak_memory, MODELS, [args] * 2, [device] * 2)
