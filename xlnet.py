@@ -373,7 +373,8 @@ class RelativeAttention(nn.Module):
             h_z_t  <-  Attention(Q = h_z_t, KV = h_z_<=t)    the content stream does
 
         x: [n_query, bsz, d_model], both streams or one of them; h: [qlen, bsz, d_model], the content stream
-        pos_emb: [rlen, bsz, d_model]; mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
+        pos_emb: [rlen, n_pos, d_model], each of the n_pos for an equal part of the batch
+        mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
         -> [n_query, bsz, d_model], with the residual x added, normalized
         Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn and post_attention.
         """
@@ -381,7 +382,9 @@ class RelativeAttention(nn.Module):
         q = torch.einsum("ibh,hnd->bnid", x, self.q)
         k = torch.einsum("jbh,hnd->bnjd", cat, self.k)
         v = torch.einsum("jbh,hnd->bnjd", cat, self.v)
-        k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)
+        k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)  # n_pos of them
+        if k_r.size(0) < x.size(1):
+            k_r = k_r[:, None].expand(-1, x.size(1) // k_r.size(0), -1, -1, -1).flatten(0, 1)
         attn_vec = self.rel_attn_core(q, k, v, k_r, blocks, seg_q, seg_k)
         out = torch.einsum("bnid,hnd->ibh", attn_vec, self.o)
         return self.layer_norm(x + dropout(out, self.dropout, self.training))
@@ -706,8 +709,11 @@ class XLNet(nn.Module):
 
         x, positions = self.embed(inp_k, target_mapping, inp_q)
         x = dropout(x, self.dropout, self.training)
+        n_pos = 2 if self.bi_data else 1  # members of the batch that read in one direction have the same features
+        if self.training and self.dropout > 0:  # each its own dropout
+            n_pos = bsz
         pos_emb = relative_positional_encoding(
-            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, bsz, inp_k.device
+            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, n_pos, inp_k.device
         )
         pos_emb = dropout(pos_emb.to(x.dtype), self.dropout, self.training)
 
