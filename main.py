@@ -40,6 +40,10 @@ LENGTHS = ("seq_len", "reuse_len", "perm_size", "num_predict", "mem_len")  # of 
 PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
 SIGPIPE = 13  # the number that a shell gives a reader who has gone; Windows lacks the name
 MOST_STEPS_UNSAVED = 1000  # by default
+START_ANEW = (
+    "start anew with a smaller --learning_rate, or from a checkpoint with --init_checkpoint, another --output_dir and "
+    "a smaller --learning_rate"
+)
 MANY_UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
 
 
@@ -179,6 +183,8 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
                 stop_signal = received_signal()
                 if validation_loss is not None:
                     reporter.validation(validation_loss)
+                    if not math.isfinite(validation_loss):
+                        raise NotFinite(f"the validation loss after step {done} is {validation_loss}; {START_ANEW}")
             if args.output_dir and (saves or stop_signal):
                 save_checkpoint(run, done, memory, optimizer, reporter)
             if stop_signal:
@@ -271,8 +277,7 @@ def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:
             window = (numbers["step"] - 1) % pass_len + 1
             raise NotFinite(
                 f"the {name} of step {numbers['step']}, window {window} of pass {numbers['pass']}, is {value}; stopped "
-                f"before the update; start anew with a smaller --learning_rate, or from a checkpoint with "
-                f"--init_checkpoint, another --output_dir and a smaller --learning_rate"
+                f"before the update; {START_ANEW}"
             )
 
 

@@ -186,6 +186,11 @@ def check(args: argparse.Namespace, world_size: int) -> None:
             f"--rows {args.rows} is no multiple of --batch_size {args.batch_size}; "
             f"try {max(1, args.rows // args.batch_size) * args.batch_size}"
         )
+    if args.learning_rate * args.weight_decay > 1:
+        raise UserError(
+            f"--weight_decay {args.weight_decay} times --learning_rate {args.learning_rate} is above 1: updates would "
+            f"turn the weights round; give at most {1 / args.learning_rate:g}"
+        )
     if args.min_lr_ratio > 1:
         raise UserError(f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1")
     if args.output_dir and args.n_head * args.d_head != args.d_model:

@@ -375,6 +375,7 @@ MISTAKES = [
         "--grad_accum_steps 9 --train_steps 3 --num_step 1 --seq_len 2048 --reuse_len 256",
         ["--grad_accum_steps 9", "the 8 steps", "at most"],
     ),
+    ("--weight_decay 251", ["--weight_decay 251", "--learning_rate 0.004", "at most 250"]),
     ("--d_model 33", ["--d_model 33", "try 34"]),
     ("--mem_len -1", ["--mem_len", "-1", "at least 0"]),
     ("--clamp_len -2", ["--clamp_len", "-2", "at least -1"]),

@@ -376,6 +376,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+def test_a_validation_loss_that_is_not_finite_stops(tmp_path, monkeypatch, capsys, valid):
+    """One line and status 1: a run whose model is lost does not end as if all were well."""
+    monkeypatch.setattr(main, "evaluate", lambda *args: math.nan)
+    with pytest.raises(SystemExit) as stop:
+        main.main([*SMALL, *valid, "--train_steps", "6", "--eval_steps", "3"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and out.count("Number of Epoch") == 3
+    assert err.startswith("main.py: the validation loss after step 3 is nan; start anew") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("spoilt", ["loss", "norm of the gradient"])
 def test_an_update_that_is_not_finite_changes_nothing(monkeypatch, spoilt):
     """The loss is infinite, or its gradient alone overflows: weights and AdamW's state stay as they were."""
