@@ -332,12 +332,7 @@ def prepare(
         raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
     flags.check_memory(args, vocab.size, processes.world_size())
 
-    text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
-    valid_text = None
-    if args.valid and flags.share(args.valid) is None:
-        valid_text = corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
-    elif args.valid:
-        text, valid_text = hold_out(text, args)
+    text, valid_text = load_texts(args, tokenizer, vocab)
     window = args.bi_data, args.seq_len, args.reuse_len
     if args.rows is None:
         args.rows = default_rows(len(text.ids), args.batch_size, *window)
@@ -425,6 +420,18 @@ def lengths_of_model(source: str) -> dict[str, int]:
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     lengths = {name: config.get(name) for name in LENGTHS}
     return lengths if all(type(length) is int for length in lengths.values()) else {}
+
+
+def load_texts(
+    args: argparse.Namespace, tokenizer: corpus.Tokenizer, vocab: corpus.Vocabulary
+) -> tuple[corpus.Text, corpus.Text | None]:
+    """Return the text to train on and the one to validate on, if any."""
+    text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
+    if not args.valid:
+        return text, None
+    if flags.share(args.valid) is not None:
+        return hold_out(text, args)
+    return text, corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
 
 
 def hold_out(text: corpus.Text, args: argparse.Namespace) -> tuple[corpus.Text, corpus.Text]:
