@@ -325,9 +325,9 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
     """
     if not name and not output_dir:
         raise UserError("--resume needs the folder of a run; give --resume DIR, or --output_dir DIR")
-    if name and not Path(name).is_dir():
+    if name and not os.path.isdir(name):
         raise UserError(f"--resume {name} does not exist; give the folder of a run or of a checkpoint")
-    if not name and not Path(output_dir).is_dir():
+    if not name and not os.path.isdir(output_dir):
         raise UserError(f"--resume: --output_dir {output_dir} does not exist; leave --resume out to begin a run there")
     in_folder = checkpoints(name or output_dir)
     if name and not in_folder and not any((Path(name) / file).exists() for file in ("SHA256SUMS", "trainer_state.pt")):
@@ -348,7 +348,7 @@ def find_model(name: str, flag: str, check: Callable[[str], object] | None = Non
     flag: which has this value, for messages; check: see hub.fetch
     Raises UserError if there is no such folder and no such model at the hub.
     """
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         return hub.fetch(name, flag, check)
     newest = checkpoints(name)[:1]
     return str(newest[0]) if newest else name

@@ -782,6 +782,9 @@ def mistakes(tmp_path_factory, text, twelve_steps):
     "words, expected",
     [
         ("--resume", ["--resume", "--output_dir"]),
+        (f"--output_dir {'x' * 300} --resume", ["does not exist"]),  # no system has so long a name
+        (f"--resume {'x' * 300}", ["does not exist"]),
+        (f"--init_checkpoint {'x' * 300}", ["is no folder here"]),
         ("--output_dir {tmp}/none --resume", ["--output_dir {tmp}/none does not exist", "leave --resume out"]),
         ("--resume {tmp}/run/checkpoint-3", ["--resume {tmp}/run/checkpoint-3 does not exist", "of a run or of"]),
         ("--resume {tmp}", ["--resume {tmp} is not a checkpoint and holds none", "of a run"]),

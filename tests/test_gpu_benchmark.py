@@ -290,7 +290,7 @@ def test_flop_grow_by_the_same_number_with_each_row():
 
 
 @pytest.mark.slow
-def test_tests_of_a_gpu_are_run(tmp_path):
+def test_marked_tests_are_run(tmp_path):
     """Those with "gpu" in their names; failures and hangs are told."""
     file = tmp_path / "test_stand_in.py"
     file.write_text("def test_a_gpu(): pass\ndef test_other(): assert False\n")
