@@ -113,7 +113,7 @@ class Reporter:
                 metrics[name] = value.detach().to("cpu", non_blocking=self.lag > 0)
         arrived = None
         if self.lag:
-            arrived = torch.Event(self.device.type)
+            arrived = torch.Event(self.device)
             arrived.record()
         self.waiting.append((metrics, arrived))
 

@@ -169,7 +169,7 @@ def test_a_gpu_is_one_step_ahead(monkeypatch, capsys):
 
     class Event:
         def __init__(self, device):
-            assert device == "cuda"
+            assert device == torch.device("cuda")
 
         def record(self):
             self.number = len(events)
