@@ -101,8 +101,7 @@ def evaluation_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int,
     allows; with bi_data both count each row twice.
     """
     directions = 2 if bi_data else 1
-    turns = n_tokens // (seq_len + (TURN_WINDOWS - 1) * reuse_len)
-    n_forward = power_of_two(min(MAX_TURNS, max(1, turns)))
+    n_forward = power_of_two(default_rows(n_tokens, 1, False, seq_len, reuse_len))
     together = min(n_forward, power_of_two(batch_size // directions))
     return directions * n_forward, directions * together
 
@@ -465,13 +464,13 @@ class Loader:
 
 def prefetch(loader: Loader, steps: range, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the batch of each step, on the device; a thread makes the next one while the caller uses this one."""
-    copies_at_leisure = device.type in ("cuda", "xpu")  # from pinned memory, while the thread goes on
+    asynchronous = device.type in ("cuda", "xpu")  # copies from pinned memory, while the thread goes on
 
     def make(step):
         batch = loader.batch(step)
-        if copies_at_leisure:
+        if asynchronous:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(device, non_blocking=copies_at_leisure) for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=asynchronous) for name, tensor in batch.items()}
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = deque(thread.submit(make, step) for step in steps[:1])

@@ -583,7 +583,7 @@ def describe(run: Run) -> str:
 
 
 def describe_model(run: Run, text: corpus.Text, name: str) -> str:
-    """Return what model meets what text; warn if the vocabulary does not know much of it."""
+    """Return a line about the model and a text; warn if the vocabulary does not know much of the text."""
     n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     n_tokens = len(text.ids)
     unknown = text.counts[run.vocab.unk_id] / n_tokens
