@@ -42,79 +42,110 @@ LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the toke
 # ---------------------------------------------------------------- relative positions
 
 
-def frequencies(d_model: int, device: torch.device | None = None) -> Tensor:
+def frequencies(d_model: int) -> Tensor:
     """Return the angular frequencies of the position features, from 1 down, in radians per token: [d_model / 2]."""
-    return 10000 ** (-torch.arange(0, d_model, 2.0, device=device) / d_model)
+    return 10000 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
 
 
-def relative_positional_encoding(
-    qlen: int,
-    klen: int,
-    d_model: int,
-    clamp_len: int,
-    attn_type: str,
-    bi_data: bool,
-    bsz: int,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Return sinusoids of every distance between a query and a key: query position minus key position.
+def position_features(x: Tensor, frequency: Tensor) -> Tensor:
+    """Return the sines, then the cosines, of positions or distances.
 
-    Entry r stands for distance klen - r. Distances run from klen, one more than any pair needs, down to 1 - qlen: the
-    first token looks at the last. With attn_type "uni", which only looks back, they end at 0. With bi_data the second
-    half of the batch is read backwards and its distances change sign: a distance means the same direction in the text
-    in both halves.
-
-    clamp_len: distances are clipped to +-clamp_len; <= 0 = not clipped
-    -> [rlen, bsz, d_model]; rlen is klen + qlen with attn_type "bi", klen + 1 with "uni"
-    Source: Transformer-XL, section 3.3; official relative_positional_encoding.
+    x: [...], in tokens; frequency: [n], float64, in radians per token -> [..., 2 n], float64
     """
-    last = -qlen if attn_type == "bi" else -1
-    distance = torch.arange(klen, last, -1.0, device=device)  # [rlen]
-    if clamp_len > 0:
-        distance = distance.clamp(-clamp_len, clamp_len)
-    sign = torch.ones(bsz, device=device)
-    if bi_data:
-        sign[bsz // 2 :] = -1
-    angle = torch.einsum("r,b,h->rbh", distance, sign, frequencies(d_model, device))  # d_model / 2 wide
+    angle = x[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def rel_shift(x: Tensor, klen: int) -> Tensor:
-    """Re-index position scores from distance to key, without copying.
+@functools.lru_cache(maxsize=32)
+def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
+    """Return the frequencies that suffice for distances up to `reach`, and how all others follow from them.
 
-    Query i and key j lie klen - (qlen - i + j) apart, so line i of the result is x[i, qlen - i:]. The storage holds the
-    same numbers, read from entry qlen on with lines one entry shorter. With qlen 3, klen 4 and each entry written as
-    its index r:
+    Neighbouring low frequencies differ so little within `reach` that few of them determine the others: to 5e-7, the
+    sine and the cosine of each frequency are the same weighted sum of the sines, and of the cosines, of the few. For
+    896 tokens and width 768, 136 of 384 suffice. QR with column pivoting finds them: the next frequency is always the
+    one that the chosen ones explain least.
 
-        i = 0   0 1 2 3 4 5 6                 3 4 5 6
-        i = 1   0 1 2 3 4 5 6        ->       2 3 4 5
-        i = 2   0 1 2 3 4 5 6                 1 2 3 4
+    -> frequency [n]; mix [n, d_model / 2], the weights of the n frequencies in each frequency
+    """
+    frequency = frequencies(d_model)
+    waves = torch.cat(position_features(torch.arange(reach + 1), frequency).chunk(2, dim=1))  # [.., d_model / 2]
+    rest = torch.linalg.qr(waves, mode="r").R  # the same inner products in fewer rows
+    chosen: list[int] = []
+    enough = 3e-7 * rest.norm(dim=0).max()
+    while len(chosen) < len(frequency):
+        size = rest.norm(dim=0)
+        if size.max() < enough and len(chosen) % 4 == 0:  # matrix units like multiples of 8, sines and cosines
+            break
+        chosen.append(int(size.argmax()))
+        direction = F.normalize(rest[:, chosen[-1]], dim=0)
+        rest = rest - torch.outer(direction, direction @ rest)
+    chosen.sort()
+    return frequency[chosen], torch.linalg.lstsq(waves[:, chosen], waves).solution
 
-    x: [bsz, n_head, qlen, rlen] -> [bsz, n_head, qlen, klen], a view
-    With attn_type "uni" rlen is shorter, and the entries of keys after the query are undefined; the mask blocks them.
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=32)
+def position_tables(klen: int, d_model: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the features of all key positions, [klen, 2 n], and the mix of `few_frequencies`, [n, d_model / 2].
+
+    Positions are counted from the middle key.
+    """
+    reach = 64 * math.ceil(klen / 64)  # similar lengths share the frequencies, which take a moment to find
+    frequency, mix = few_frequencies(reach, d_model)
+    features = position_features(torch.arange(klen) - klen // 2, frequency)
+    return features.to(device, dtype), mix.to(device, dtype)
+
+
+def rotate(x: Tensor, features: Tensor) -> Tensor:
+    """Return the factors of a key's position features in a score, from those of the features of the distance.
+
+    A score is a sum over the frequencies w. For query i and key j:
+
+        A sin(w (i - j)) + B cos(w (i - j)) = [B sin(w i) - A cos(w i)] sin(w j) + [A sin(w i) + B cos(w i)] cos(w j)
+
+    x: [..., 2 n], the factors A, then B; features: [..., 2 n], of the query's position
+    -> [..., 2 n], the factors of the sines, then of the cosines
+    """
+    a, b = x.chunk(2, dim=-1)
+    sin, cos = features.chunk(2, dim=-1)
+    return torch.cat([b * sin - a * cos, a * sin + b * cos], dim=-1)
+
+
+def relative_positional_encoding(qlen: int, klen: int, d_model: int, clamp_len: int, bi_data: bool, bsz: int) -> Tensor:
+    """Return the features of every distance between a query and a key: query position minus key position.
+
+    Entry r stands for distance klen - r. Distances run from klen, one more than any pair needs, down to 1 - qlen: the
+    first token looks at the last. With bi_data the second half of the batch is read backwards and its distances change
+    sign: a distance means the same direction in the text in both halves.
+
+    clamp_len: distances are clipped to +-clamp_len; <= 0 = not clipped
+    -> [klen + qlen, bsz, d_model], float64
+    Source: Transformer-XL, section 3.3; official relative_positional_encoding.
+    """
+    distance = torch.arange(klen, -qlen, -1)
+    if clamp_len > 0:
+        distance = distance.clamp(-clamp_len, clamp_len)
+    distance = distance[:, None].repeat(1, bsz)
+    if bi_data:
+        distance[:, bsz // 2 :] *= -1
+    return position_features(distance, frequencies(d_model))
+
+
+def rel_shift(x: Tensor, position: Tensor, klen: int) -> Tensor:
+    """Re-index position scores from distance to key: the query at position i has x[klen - i + j] for key j.
+
+    Three queries at positions 4 to 6 of 7 keys, each entry written as its index r:
+
+        i = 4   0 1 2 3 4 5 6 7 8 9            3 4 5 6 7 8 9
+        i = 5   0 1 2 3 4 5 6 7 8 9     ->     2 3 4 5 6 7 8
+        i = 6   0 1 2 3 4 5 6 7 8 9            1 2 3 4 5 6 7
+
+    x: [bsz, n_head, n_query, rlen]; position: [bsz, n_query] int, of each query, counted from the first key
+    -> [bsz, n_head, n_query, klen]
     Source: Transformer-XL, appendix B.
     """
-    return RelShift.apply(x, klen)
-
-
-class RelShift(torch.autograd.Function):
-    """`rel_shift` with its own gradient: one copy into zeros, where autograd would make one per change of shape."""
-
-    @staticmethod
-    def view(x: Tensor, klen: int) -> Tensor:
-        qlen, rlen = x.shape[2:]
-        return x.flatten(2)[:, :, qlen:].unflatten(2, (qlen, rlen - 1))[..., :klen]
-
-    @staticmethod
-    def forward(ctx, x: Tensor, klen: int) -> Tensor:
-        ctx.shape = x.shape
-        return RelShift.view(x, klen)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad_x = grad.new_zeros(ctx.shape)
-        RelShift.view(grad_x, grad.size(3)).copy_(grad)
-        return grad_x, None
+    index = klen - position[:, None, :, None] + torch.arange(klen, device=x.device)
+    return x.gather(3, index.expand(-1, x.size(1), -1, -1))
 
 
 # ---------------------------------------------------------------- who may see whom
@@ -158,67 +189,38 @@ def slot_positions(target_mapping: Tensor) -> Tensor:
 
 
 class QueryBlock(NamedTuple):
-    """Neighbouring queries, the keys that any of them may see, and where to find the distance of each key.
-
-    The keys are the first n_key of memory ++ content stream. With `rank` the content stream has two blocks: its first
-    reuse_len positions, which never see the others, and the others. Otherwise it has one. The query stream has one.
-    """
+    """Who may see whom among neighbouring queries and the first n_key keys of memory ++ content stream."""
 
     attn_mask: Tensor  # [bsz, 1, n_query, n_key], added to the scores: 0 = may see, BLOCKED = must not see
     blind: Tensor  # [bsz, 1, n_query, 1] bool, True = sees no key at all
-    distances: slice  # the entries r of the position scores that the block needs
-    index: Tensor | None  # [bsz, 1, n_query, n_key] int, the entry r of each query and key; None: `rel_shift` finds it
 
 
-def query_block(blocked: Tensor, distances: slice, index: Tensor | None, dtype: torch.dtype) -> QueryBlock:
-    """Return the block of queries that must not see what `blocked` says.
+def query_blocks(blocked: Tensor, slots: Tensor | None, first_part: int, dtype: torch.dtype) -> list[QueryBlock]:
+    """Return the blocks of the content stream, one or two, then that of the query stream if there is one.
 
-    blocked: [bsz, n_query, n_key] bool, True = must not see; dtype: of the model's numbers; the rest as in QueryBlock
-    """
-    attn_mask = torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill_(blocked, BLOCKED)
-    blind = blocked.all(dim=2, keepdim=True)
-    return QueryBlock(attn_mask[:, None], blind[:, None], distances, index)
-
-
-def content_block(blocked: Tensor, begin: int, end: int, dtype: torch.dtype) -> QueryBlock:
-    """Return the block of the positions from `begin` to before `end`, which never see a position from `end` on.
-
-    blocked: [bsz, qlen, klen] bool, True = must not see, of the whole content stream
+    blocked: [bsz, qlen, klen] bool, True = must not see; a position of the content stream also sees itself
+    slots: [num_predict, bsz], the position of each slot, -1 = empty slot, which sees nothing; None: no query stream
+    first_part: this many positions, from the first, never see any of the others. They get a block with fewer keys;
+        0 = unknown
+    dtype: of the mask
     """
     qlen, klen = blocked.shape[1:]
-    n_query, n_key = end - begin, klen - qlen + end
-    # Query i has key j at r = qlen - i + j; `rel_shift`, which counts queries from begin, looks at end - i + j.
-    skipped = qlen - end
-    distances = slice(skipped, skipped + n_query + n_key)
-    return query_block(blocked[:, begin:end, :n_key], distances, None, dtype)
-
-
-def content_blocks(blocked: Tensor, first_part: int, dtype: torch.dtype) -> list[QueryBlock]:
-    """Return the blocks of the content stream, where every position also sees itself.
-
-    blocked: [bsz, qlen, klen] bool, True = must not see
-    first_part: this many positions, at the beginning, never see any of the others; 0 = unknown
-    """
-    qlen, klen = blocked.shape[1:]
-    blocked = blocked.clone()  # the query stream needs the mask in which targets do not see themselves
-    blocked.diagonal(klen - qlen, dim1=1, dim2=2).fill_(False)
-    if not 0 < first_part < qlen:
-        return [content_block(blocked, 0, qlen, dtype)]
-    return [content_block(blocked, 0, first_part, dtype), content_block(blocked, first_part, qlen, dtype)]
-
-
-def slot_block(blocked: Tensor, positions: Tensor, rlen: int, dtype: torch.dtype) -> QueryBlock:
-    """Return the block of the query stream: a slot sees the keys that its position may see, an empty slot sees none.
-
-    blocked: [bsz, qlen, klen] bool, True = must not see; positions: [num_predict, bsz], -1 = empty slot
-    rlen: how many distances have a position score
-    """
-    qlen, klen = blocked.shape[1:]
-    positions = positions.t()[:, :, None]  # [bsz, num_predict, 1]
-    index = qlen - positions + torch.arange(klen, device=blocked.device)  # as in `rel_shift`
-    index = index.clamp(max=rlen - 1)  # only empty slots and, with "uni", blocked keys lie beyond
-    of_slots = blocked.gather(1, positions.clamp(min=0).expand(-1, -1, klen))  # [bsz, num_predict, klen]
-    return query_block(of_slots | (positions < 0), slice(None), index[:, None], dtype)
+    mlen = klen - qlen
+    content = blocked.clone()
+    content.diagonal(mlen, dim1=1, dim2=2).fill_(False)
+    if 0 < first_part < qlen:
+        parts = [content[:, :first_part, : mlen + first_part], content[:, first_part:]]
+    else:
+        parts = [content]
+    if slots is not None:
+        slots = slots.t()[:, :, None]  # [bsz, num_predict, 1]
+        parts.append(blocked.gather(1, slots.clamp(min=0).expand(-1, -1, klen)) | (slots < 0))
+    blocks = []
+    for part in parts:
+        attn_mask = torch.zeros(part.shape, dtype=dtype, device=part.device).masked_fill_(part, BLOCKED)
+        blind = part.all(dim=2, keepdim=True)
+        blocks.append(QueryBlock(attn_mask[:, None], blind[:, None]))
+    return blocks
 
 
 # ---------------------------------------------------------------- the layers
@@ -270,6 +272,54 @@ def biased_query(q: Tensor, bias: Tensor) -> Tensor:
     return (q + bias[:, None].to(q.dtype)) * q.size(3) ** -0.5
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropatt: float, training: bool) -> Tensor:
+    """Return softmax(q k^T + attn_mask) v over the first n_key keys, with dropout of the attention weights.
+
+    q: [bsz, n_head, n_query, width]; k: [bsz, n_head, klen, width]; v: [bsz, n_head, klen, d_head]
+    attn_mask: [bsz, 1 or n_head, n_query, n_key] -> [bsz, n_head, n_query, d_head]
+    """
+    n_key = attn_mask.size(3)
+    if n_key < k.size(2):
+        k, v = k[:, :, :n_key], v[:, :, :n_key]
+    if q.device.type != "cpu":
+        # Of PyTorch's fused kernels, which store no score, the memory-efficient one takes a mask and queries wider than
+        # values, in multiples of 8. On a CPU the fused kernel is slower than the lines below.
+        rate = dropatt if training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, scale=1.0)
+    score = q @ k.mT
+    score += attn_mask
+    prob = dropout(score.softmax(dim=-1, dtype=score.dtype), dropatt, training)
+    return prob @ v
+
+
+def at_positions(x: Tensor, position: Tensor) -> Tensor:
+    """Return the rows of x at some positions: [bsz, klen, width], [bsz, n_query] -> [bsz, n_query, width]."""
+    return x.gather(1, position[:, :, None].expand(-1, -1, x.size(2)))
+
+
+class Queries(NamedTuple):
+    """What all layers share about the queries: the content stream, then the query stream."""
+
+    position: Tensor  # [bsz, n_query] int, counted from the first key
+    features: Tensor  # [bsz, 1, n_query, 2 n], of the position
+    segment: Tensor | None  # [bsz, 1, n_query, SEGMENTS], one-hot; None: no segments
+    blocks: list[QueryBlock]
+
+    def query_stream(self, qlen: int) -> "Queries":
+        """Return these without the content stream, which is qlen long."""
+        segment = None if self.segment is None else self.segment[:, :, qlen:]
+        return Queries(self.position[:, qlen:], self.features[:, :, qlen:], segment, self.blocks[-1:])
+
+
+class Keys(NamedTuple):
+    """What all layers share about the keys: the memory, then the content stream."""
+
+    features: Tensor  # [bsz, 1, klen, 2 n], of the position
+    segment: Tensor | None  # [bsz, 1, klen, SEGMENTS], one-hot; None: no segments
+    mix: Tensor  # [n, d_model / 2], see `few_frequencies`
+    pos_emb: Tensor | None  # [rlen, bsz, d_model], for `rel_shift`; None: scores come from the features
+
+
 class RelativeAttention(nn.Module):
     """Attention by content, relative position and segment, for both streams, with residual and LayerNorm."""
 
@@ -287,84 +337,56 @@ class RelativeAttention(nn.Module):
         self.layer_norm = nn.LayerNorm(d_model, eps=1e-12)
         self.dropout, self.dropatt = dropout, dropatt
 
-    def rel_attn_core(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_r: Tensor,
-        blocks: list[QueryBlock],
-        seg_q: Tensor | None,
-        seg_k: Tensor | None,
-    ) -> Tensor:
+    def rel_attn_core(self, q: Tensor, k: Tensor, v: Tensor, queries: Queries, keys: Keys) -> Tensor:
         """Return what each query reads from the keys that it may see: the softmax of its scores times v.
 
         The score of query i and key j is the sum of these terms, divided by sqrt(d_head):
 
             (a) q_i . k_j    (b) q_i . r    (c) r_w_bias . k_j    (d) r_r_bias . r    (e) (q_i + r_s_bias) . s
 
-        where r is the entry of k_r for their distance, and s is seg_embed[0] if they share a segment, else
-        seg_embed[1].
+        where r is the features of their distance, projected by self.r, and s is seg_embed[0] if they share a segment,
+        else seg_embed[1]. `rotate` and one-hot segments make the sum one inner product of a query and a key.
 
-        q: [bsz, n_head, n_query, d_head]; k, v: [bsz, n_head, klen, d_head]; k_r: [bsz, n_head, rlen, d_head]
-        blocks: the queries, in their order
-        seg_q: [bsz, 1, n_query, SEGMENTS], seg_k: [bsz, 1, klen, SEGMENTS], segments one-hot; None: no segments
+        q: [bsz, n_head, n_query, d_head]; k, v: [bsz, n_head, klen, d_head]
         -> [bsz, n_head, n_query, d_head]
         Source: Transformer-XL, section 3.3, (a) to (d); the paper, section 2.5, (e); official rel_attn_core.
         """
-        content_q, position_q = biased_query(q, self.r_w_bias), biased_query(q, self.r_r_bias)
-        if seg_q is not None:
-            # (e): The softmax ignores whatever a query adds to all its keys alike. So only the keys of its own segment
-            # get a term, (q_i + r_s_bias) . (seg_embed[0] - seg_embed[1]). The query holds this number at the
-            # coordinate of its segment, where the keys of that segment hold a 1.
-            difference = self.seg_embed[0] - self.seg_embed[1]
-            segment = torch.einsum("bnid,nd->bni", biased_query(q, self.r_s_bias), difference)
-            content_q = torch.cat([content_q, segment[..., None] * seg_q.to(q.dtype)], dim=-1)  # d_head + SEGMENTS wide
-            k = torch.cat([k, seg_k.to(k.dtype).expand(-1, k.size(1), -1, -1)], dim=-1)
+        # (a) + (c)
+        q_parts, k_parts = [biased_query(q, self.r_w_bias)], [k]
+        masks = [block.attn_mask for block in queries.blocks]
+        sizes = [mask.size(2) for mask in masks]
 
-        sizes = [block.attn_mask.size(2) for block in blocks]
-        by_block = zip(blocks, content_q.split(sizes, dim=2), position_q.split(sizes, dim=2), strict=True)
+        # (b) + (d)
+        position_q = biased_query(q, self.r_r_bias)
+        if keys.pos_emb is None:
+            r = torch.einsum("fh,shnd->sfnd", keys.mix, self.r.unflatten(0, (2, -1))).flatten(0, 1)  # s: sines, cosines
+            factors = torch.einsum("bnid,fnd->bnif", position_q, r)
+            q_parts.append(rotate(factors, queries.features))
+            k_parts.append(keys.features)
+        else:
+            k_r = torch.einsum("rbh,hnd->bnrd", keys.pos_emb, self.r)
+            scores = rel_shift(position_q @ k_r.mT, queries.position, k.size(2)).split(sizes, dim=2)
+            masks = [mask + score[..., : mask.size(3)] for mask, score in zip(masks, scores, strict=True)]
+
+        # (e): The softmax ignores whatever a query adds to all its keys alike. So only the keys of its own segment get
+        # a term, (q_i + r_s_bias) . (seg_embed[0] - seg_embed[1]). The query holds this number at the coordinate of
+        # its segment, where the keys of that segment hold a 1.
+        if queries.segment is not None:
+            difference = self.seg_embed[0] - self.seg_embed[1]
+            segment_q = torch.einsum("bnid,nd->bni", biased_query(q, self.r_s_bias), difference)
+            q_parts.append(segment_q[..., None] * queries.segment)
+            k_parts.append(keys.segment)
+
+        q = torch.cat(q_parts, dim=-1)
+        k = torch.cat([part.expand(-1, q.size(1), -1, -1) for part in k_parts], dim=-1)
         attn_vec = []
-        for block, content_part, position_part in by_block:
-            attn_vec.append(self.attend(block, content_part, position_part, k, v, k_r))
+        for block, q_block, mask in zip(queries.blocks, q.split(sizes, dim=2), masks, strict=True):
+            read = attention(q_block, k, v, mask, self.dropatt, self.training)
+            # The softmax of a blind query is uniform over all keys, its own token among them: let it read nothing.
+            attn_vec.append(read.masked_fill(block.blind, 0))
         return torch.cat(attn_vec, dim=2)
 
-    def attend(
-        self, block: QueryBlock, content_q: Tensor, position_q: Tensor, k: Tensor, v: Tensor, k_r: Tensor
-    ) -> Tensor:
-        """Return what the queries of one block read: [bsz, n_head, n_query, d_head].
-
-        content_q: [bsz, n_head, n_query, width], for the product with k: [bsz, n_head, klen, width]
-        position_q: [bsz, n_head, n_query, d_head], for the product with k_r: [bsz, n_head, rlen, d_head]
-        v: [bsz, n_head, klen, d_head]
-        """
-        n_key = block.attn_mask.size(3)
-        # (a) + (c) + (e): how well each key fits, by content and segment
-        score = content_q @ k[:, :, :n_key].mT  # [bsz, n_head, n_query, n_key]
-
-        # (b) + (d): how well its distance fits
-        by_distance = position_q @ k_r[:, :, block.distances].mT  # [bsz, n_head, n_query, distances of the block]
-        if block.index is None:
-            score += rel_shift(by_distance, n_key)
-        else:
-            score += by_distance.gather(3, block.index.expand(-1, score.size(1), -1, -1))
-
-        score += block.attn_mask
-        prob = dropout(score.softmax(dim=-1, dtype=score.dtype), self.dropatt, self.training)
-        read = prob @ v[:, :, :n_key]  # [bsz, n_head, n_query, d_head]
-        # The softmax of a blind query is uniform over all keys, its own token among them: let it read nothing.
-        return read.masked_fill(block.blind, 0)
-
-    def two_stream_rel_attn(
-        self,
-        x: Tensor,
-        h: Tensor,
-        pos_emb: Tensor,
-        mem: Tensor | None,
-        blocks: list[QueryBlock],
-        seg_q: Tensor | None,
-        seg_k: Tensor | None,
-    ) -> Tensor:
+    def two_stream_rel_attn(self, x: Tensor, h: Tensor, mem: Tensor | None, queries: Queries, keys: Keys) -> Tensor:
         """Let the queries of both streams attend to the content stream and its memory, with the same weights.
 
         For the position z_t that comes t-th in the order:
@@ -373,8 +395,7 @@ class RelativeAttention(nn.Module):
             h_z_t  <-  Attention(Q = h_z_t, KV = h_z_<=t)    the content stream does
 
         x: [n_query, bsz, d_model], both streams or one of them; h: [qlen, bsz, d_model], the content stream
-        pos_emb: [rlen, n_pos, d_model], each of the n_pos for an equal part of the batch
-        mem: [mlen, bsz, d_model] or None; the rest as in `rel_attn_core`
+        mem: [mlen, bsz, d_model] or None
         -> [n_query, bsz, d_model], with the residual x added, normalized
         Source: the paper, section 2.3, equations for g and h; official two_stream_rel_attn and post_attention.
         """
@@ -382,10 +403,7 @@ class RelativeAttention(nn.Module):
         q = torch.einsum("ibh,hnd->bnid", x, self.q)
         k = torch.einsum("jbh,hnd->bnjd", cat, self.k)
         v = torch.einsum("jbh,hnd->bnjd", cat, self.v)
-        k_r = torch.einsum("rbh,hnd->bnrd", pos_emb, self.r)  # n_pos of them
-        if k_r.size(0) < x.size(1):
-            k_r = k_r[:, None].expand(-1, x.size(1) // k_r.size(0), -1, -1, -1).flatten(0, 1)
-        attn_vec = self.rel_attn_core(q, k, v, k_r, blocks, seg_q, seg_k)
+        attn_vec = self.rel_attn_core(q, k, v, queries, keys)
         out = torch.einsum("bnid,hnd->ibh", attn_vec, self.o)
         return self.layer_norm(x + dropout(out, self.dropout, self.training))
 
@@ -416,18 +434,9 @@ class Layer(nn.Module):
         self.rel_attn = RelativeAttention(d_model, n_head, d_head, dropout, dropatt)
         self.ff = FeedForward(d_model, d_inner, dropout, ff_activation)
 
-    def forward(
-        self,
-        x: Tensor,
-        h: Tensor,
-        pos_emb: Tensor,
-        mem: Tensor | None,
-        blocks: list[QueryBlock],
-        seg_q: Tensor | None,
-        seg_k: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor, mem: Tensor | None, queries: Queries, keys: Keys) -> Tensor:
         """Return the next x: [n_query, bsz, d_model]; arguments as of `two_stream_rel_attn`."""
-        return self.ff(self.rel_attn.two_stream_rel_attn(x, h, pos_emb, mem, blocks, seg_q, seg_k))
+        return self.ff(self.rel_attn.two_stream_rel_attn(x, h, mem, queries, keys))
 
 
 # ---------------------------------------------------------------- the model
@@ -443,26 +452,11 @@ def prefer_distance(r: Tensor, r_r_bias: Tensor, distance: int, peak: float = 10
     r: [d_model, d_head]; r_r_bias: [d_head]
     distance: query minus key, in tokens; bias: length of the vector added to r_r_bias
     """
-    w = frequencies(r.size(0), r.device)
+    w = frequencies(r.size(0)).to(r)
     u = F.normalize(torch.randn_like(r_r_bias), dim=0)
     p = torch.cat([w.sqrt() * (w * distance).sin(), w.sqrt() * (w * distance).cos()])
     r += peak * math.sqrt(r.size(1)) / (bias * w.sqrt().sum()) * torch.outer(p, u)
     r_r_bias += bias * u
-
-
-def one_hot_segments(seg_id: Tensor, positions: Tensor | None, mlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the segments of all queries, [bsz, 1, n_query, SEGMENTS], and of all keys, [bsz, 1, klen, SEGMENTS].
-
-    seg_id: [qlen, bsz] int; positions: [num_predict, bsz] int, of the slots, or None; mlen: length of the memory,
-    which counts as segment 0
-    """
-    of_keys = F.pad(seg_id, (0, 0, mlen, 0))  # [klen, bsz]
-    of_queries = seg_id
-    if positions is not None:
-        of_queries = torch.cat([seg_id, seg_id.gather(0, positions.clamp(min=0))])  # [n_query, bsz]
-    seg_q = F.one_hot(of_queries.t().long(), SEGMENTS)[:, None].to(dtype)
-    seg_k = F.one_hot(of_keys.t().long(), SEGMENTS)[:, None].to(dtype)
-    return seg_q, seg_k
 
 
 class XLNet(nn.Module):
@@ -607,19 +601,19 @@ class XLNet(nn.Module):
     def embed(self, inp_k: Tensor, target_mapping: Tensor | None, inp_q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the first layer's queries, [n_query, bsz, d_model], and the position of each slot, [num_predict, bsz].
 
-        Arguments as of `forward`. Without inp_q there are no slots, and their positions are None.
+        Arguments as of `forward`. Without inp_q there are no slots: None.
         """
         h = self.word_embedding(inp_k)  # [qlen, bsz, d_model]
         if inp_q is None:
             return h, None
         qlen, bsz = inp_k.shape
         if target_mapping is None:
-            positions = torch.arange(qlen, device=inp_k.device)[:, None].expand(qlen, bsz)
+            slots = torch.arange(qlen, device=inp_k.device)[:, None].expand(qlen, bsz)
             g = torch.where(inp_q[:, :, None] > 0, self.mask_emb, h)
         else:
-            positions = slot_positions(target_mapping)
-            g = self.mask_emb.expand(positions.size(0), bsz, -1)
-        return torch.cat([h, g]), positions
+            slots = slot_positions(target_mapping)
+            g = self.mask_emb.expand(slots.size(0), bsz, -1)
+        return torch.cat([h, g]), slots
 
     def blocked_mask(
         self,
@@ -630,7 +624,7 @@ class XLNet(nn.Module):
         rank: Tensor | None,
         inp_q: Tensor | None,
     ) -> Tensor:
-        """Return the mask of the query stream. `content_blocks` copies it and lets the content stream see itself.
+        """Return the mask of the query stream. `query_blocks` lets the content stream see itself.
 
         mlen: length of the memory; the other arguments as of `forward`
         -> [bsz, qlen, klen] bool, True = must not see
@@ -707,36 +701,62 @@ class XLNet(nn.Module):
             mems = [None] * len(self.layer)
         mlen = 0 if mems[0] is None else mems[0].size(0)
 
-        x, positions = self.embed(inp_k, target_mapping, inp_q)
+        x, slots = self.embed(inp_k, target_mapping, inp_q)
         x = dropout(x, self.dropout, self.training)
-        n_pos = 2 if self.bi_data else 1  # members of the batch that read in one direction have the same features
-        if self.training and self.dropout > 0:  # each its own dropout
-            n_pos = bsz
-        pos_emb = relative_positional_encoding(
-            qlen, mlen + qlen, x.size(2), self.clamp_len, self.attn_type, self.bi_data, n_pos, inp_k.device
-        )
-        pos_emb = dropout(pos_emb.to(x.dtype), self.dropout, self.training)
-
+        dtype = x.dtype  # of the attention's products
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
         blocked = self.blocked_mask(inp_k, mlen, input_mask, perm_mask, rank, inp_q)
-        blocks = content_blocks(blocked, first_part=0 if rank is None else self.reuse_len, dtype=x.dtype)
-        if positions is not None:
-            blocks.append(slot_block(blocked, positions, rlen=pos_emb.size(0), dtype=x.dtype))
-
-        seg_q = seg_k = None
-        if seg_id is not None:
-            seg_q, seg_k = one_hot_segments(seg_id, positions, mlen, x.dtype)
+        blocks = query_blocks(blocked, slots, first_part=0 if rank is None else self.reuse_len, dtype=dtype)
+        queries, keys = self.queries_and_keys(inp_k, seg_id, mlen, slots, blocks, dtype)
 
         new_mems = []
         for i, layer in enumerate(self.layer):
             h = x[:qlen]
             new_mems.append(cache_mem(h, mems[i], self.mem_len, self.reuse_len))
-            if positions is not None and i + 1 == len(self.layer):
+            if slots is not None and i + 1 == len(self.layer):
                 # Neither the loss nor the memory needs the last layer's content stream: only slots are queries.
-                x, blocks = x[qlen:], blocks[-1:]
-                if seg_q is not None:
-                    seg_q = seg_q[:, :, qlen:]
-            x = layer(x, h, pos_emb, mems[i], blocks, seg_q, seg_k)
+                x, queries = x[qlen:], queries.query_stream(qlen)
+            x = layer(x, h, mems[i], queries, keys)
         return dropout(x, self.dropout, self.training), new_mems
+
+    def queries_and_keys(
+        self,
+        inp_k: Tensor,
+        seg_id: Tensor | None,
+        mlen: int,
+        slots: Tensor | None,
+        blocks: list[QueryBlock],
+        dtype: torch.dtype,
+    ) -> tuple[Queries, Keys]:
+        """Return the positions and segments of all queries and keys, with the blocks of the queries.
+
+        slots: [num_predict, bsz] int, the position of each slot, or None; dtype: of the attention's products
+        """
+        qlen, bsz = inp_k.shape
+        klen, d_model, device = mlen + qlen, self.word_embedding.embedding_dim, inp_k.device
+        position = torch.arange(mlen, klen, device=device).expand(bsz, -1)
+        if slots is not None:
+            position = torch.cat([position, mlen + slots.t().clamp(min=0)], dim=1)
+
+        features, mix = position_tables(klen, d_model, device, dtype)
+        features = features.repeat(bsz, 1, 1)  # [bsz, klen, 2 n]
+        if self.bi_data:  # backwards, positions change sign: the sines do too, the cosines do not
+            features[bsz // 2 :, :, : features.size(2) // 2] *= -1
+        q_features = at_positions(features, position)[:, None]
+        k_features = dropout(features, self.dropout, self.training)[:, None]
+
+        q_segment = k_segment = None
+        if seg_id is not None:
+            segment = F.pad(seg_id, (0, 0, mlen, 0)).t()  # [bsz, klen]; memory counts as segment 0
+            one_hot = F.one_hot(segment.long(), SEGMENTS).to(dtype)
+            q_segment, k_segment = at_positions(one_hot, position)[:, None], one_hot[:, None]
+
+        pos_emb = None
+        if self.clamp_len > 0:  # clipped distances are no product of positions
+            pos_emb = relative_positional_encoding(qlen, klen, d_model, self.clamp_len, self.bi_data, bsz)
+            pos_emb = dropout(pos_emb.to(device, dtype), self.dropout, self.training)
+        return Queries(position, q_features, q_segment, blocks), Keys(k_features, k_segment, mix, pos_emb)
 
 
 def prediction_loss(logits: Tensor, target: Tensor, target_mask: Tensor) -> Tensor:
