@@ -323,6 +323,7 @@ def prepare(
     if args.output_dir and not args.eval_only:
         checkpoint.open_output_dir(args.output_dir, source if state is not None else None)
     device = processes.choose_device(args.device)
+    processes.set_matmul_precision(device)
     if args.bf16:
         processes.check_bf16(device)
     try:
@@ -331,6 +332,8 @@ def prepare(
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {args.tokenizer}: {error}") from None
     flags.check_memory(args, vocab.size, processes.world_size())
+    if device.type == "cpu":
+        processes.keep_freed_memory(flags.largest_tensor(args, vocab.size, processes.world_size()))
 
     text, valid_text = load_texts(args, tokenizer, vocab)
     window = args.bi_data, args.seq_len, args.reuse_len

@@ -241,6 +241,15 @@ def check_memory(args: argparse.Namespace, n_token: int, world_size: int) -> Non
         )
 
 
+def largest_tensor(args: argparse.Namespace, n_token: int, world_size: int) -> int:
+    """Return the bytes of the largest tensor of a training step in float32: a gradient, logits or attention scores."""
+    rows = args.batch_size // world_size
+    embedding = n_token * args.d_model
+    logits = rows * args.num_predict * n_token
+    scores = rows * args.n_head * (args.seq_len - args.reuse_len) * (args.seq_len + args.mem_len)
+    return 4 * max(embedding, logits, scores)
+
+
 def memory_of_machine() -> float:
     """Return the memory of this machine in bytes, infinity where the system does not tell."""
     try:

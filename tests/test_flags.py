@@ -544,3 +544,18 @@ def test_a_mistake_is_told_once_a_machine(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main.main(["--seq_len", "4"])
     assert stop.value.code == 2 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "words, elements",
+    [
+        ("--d_model 768 --n_head 12", 30522 * 768),  # the embedding's gradient
+        ("--batch_size 4", 2 * 85 * 30522),  # logits of the rows of one of two processes
+        ("--seq_len 2048 --n_head 8 --num_predict 9", 8 * 1024 * (2048 + 1536)),  # scores: two rows share the processes
+    ],
+)
+def test_largest_tensor(words, elements):
+    """In bytes of float32, by hand."""
+    batch = [] if "batch_size" in words else ["--batch_size", "2"]
+    args, _, _ = main.read_flags([*words.split(), *batch])
+    assert flags.largest_tensor(args, n_token=30522, world_size=2) == 4 * elements

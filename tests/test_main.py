@@ -17,7 +17,7 @@ import torch
 import data_utils
 import main
 from main import LENGTHS
-from support import UserError, corpus, flags, report
+from support import UserError, corpus, flags, processes, report
 from xlnet import XLNet
 
 ROOT = Path(main.__file__).parent
@@ -896,3 +896,12 @@ def test_a_gpu_trains_like_a_cpu(capsys, words):
         assert [124 * (epoch - 1) + window for epoch, window, _ in costs] == list(range(1, 201))
         means.append(np.mean([cost for _, _, cost in costs[-20:]]))
     assert means[1] == pytest.approx(means[0], rel=0.01)
+
+
+def test_a_run_sets_precision_and_keeps_freed_memory(monkeypatch):
+    """On a CPU; the largest tensor of the default shape and window is that of the logits."""
+    found = []
+    monkeypatch.setattr(processes, "set_matmul_precision", found.append)
+    monkeypatch.setattr(processes, "keep_freed_memory", found.append)
+    main.prepare(["--device", "cpu"])
+    assert found == [torch.device("cpu"), 4 * 85 * 30522]

@@ -2,8 +2,10 @@
 
 import contextlib
 import csv
+import ctypes
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import main
 from support import UserError, checkpoint, processes
@@ -27,6 +30,63 @@ SMALL = (
 if torch.cuda.is_available():  # each process would need one of its own
     SMALL += ["--device", "cpu"]
 LINE = re.compile(r"^Number of Epoch.* = (\S+)", re.M)
+
+
+# ---------------------------------------------------------------- speed of a device
+
+
+class InBfloat16(TorchFunctionMode):
+    """Multiply matrices of float32 as a CPU with AMX does it at "medium": with operands rounded to bfloat16."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_product = func in (torch.Tensor.matmul, torch.Tensor.__matmul__)
+        if is_product and args[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            args = [x.bfloat16().float() for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, InBfloat16])
+def test_products_on_a_cpu_stay_exact(mode):
+    """As near to float64 as float32 is by default, here and on a CPU with AMX; fast where that costs no exactness."""
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ x.double().t()
+    torch.set_float32_matmul_precision("highest")
+    enough = 5 * (x @ x.t() - exact).abs().max()
+    with mode():
+        torch.set_float32_matmul_precision("medium")
+        is_exact = (x @ x.t() - exact).abs().max() <= enough
+        torch.set_float32_matmul_precision("highest")
+        processes.set_matmul_precision(torch.device("cpu"))
+        assert (x @ x.t() - exact).abs().max() <= enough
+        assert torch.get_float32_matmul_precision() == ("medium" if is_exact else "highest")
+    assert not (mode is InBfloat16 and is_exact)
+
+
+def test_products_on_a_gpu_may_use_tf32():
+    """Not bfloat16, which "medium" allows there."""
+    before = torch.get_float32_matmul_precision()
+    processes.set_matmul_precision(torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+@pytest.mark.parametrize("largest, option", [(2**25, (-3, 2**25)), (2**25 + 1, (-4, 0))])
+def test_glibc_accepts_the_limits(monkeypatch, largest, option):
+    """No end of the heap is given back; tensors up to 32 MB, or of any size if a step has larger ones, are kept."""
+    answers = []
+    mallopt = ctypes.CDLL(None).mallopt
+    spy = SimpleNamespace(mallopt=lambda *limit: answers.append((limit, mallopt(*limit))))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: spy)
+    processes.keep_freed_memory(largest)
+    assert answers == [((-1, -1), 1), (option, 1)]
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    """musl's has no such limits; on a Mac and on Windows there is nothing to call."""
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("a library was called"))
+    processes.keep_freed_memory(1)
 
 
 # ---------------------------------------------------------------- starting processes
