@@ -8,17 +8,27 @@
 Without a GPU the same program runs on a tiny model, to show that it works; its figures mean nothing.
 
 The most important measurements come first: the GPU tests; base in bfloat16 at batches of 8 and 32, this project, then
-transformers; the idle share; the rest; compiled models last. Each prints a line when it is done, and Markdown tables
-follow at the end. When --budget is over, what is left is skipped. A measurement that fails leaves its reason in the
-table, and the others go on.
+transformers; the idle share; the attention kernels; the rest; compiled models last. Each prints a line when it is done,
+and Markdown tables follow at the end. When --budget is over, what is left is skipped. A measurement that fails leaves
+its reason in the table, and the others go on.
 
 A step is that of step_time.py: forward, loss, backward, clipping, AdamW, with a full memory, the same windows and
 weights for both models. The GPU is synchronized after each step. Peak memory is the most that PyTorch had allocated
 in the timed steps, model and optimizer included. A token is one of a window, memory not counted.
-MFU = FLOP of a step / seconds of a step / FLOP/s that the GPU can reach in this mode (dense, as NVIDIA states it); FLOP
-are counted as in step_time.py, two for a multiplication and an addition in a matrix product. Modes: float32 is
-PyTorch's default, tf32 the same with its matrix products in TF32, bf16 autocast to bfloat16, compiled bf16 with
-torch.compile.
+MFU = FLOP of a step / seconds of a step / FLOP/s that the GPU can reach in this mode (dense, as NVIDIA states it). FLOP
+are two for a multiplication and an addition in a matrix product. Scores that a fused kernel computes again for the
+gradient count once.
+Modes:
+    bf16      autocast to bfloat16, as main.py --bf16 does
+    tf32      float32 with matrix products in TF32, the default of main.py on a GPU
+    float32   float32 with matrix products in full precision
+    shift     bf16 with --clamp_len 1000000, longer than any distance. The scores are the same, but the position scores
+              come from `rel_shift`, the older form. Compare it with bf16. It is measured for this project only
+    compiled  bf16 with torch.compile
+Attention kernels: PyTorch has several kernels for scaled_dot_product_attention. Not every kernel takes an additive mask
+and, for base, queries and keys 344 wide and values 64 wide, with a backward pass. This table forces each kernel in turn
+and gives the time and memory of a step of the first shape, batch 8, bf16, or the error. PyTorch writes to stderr why a
+kernel refuses.
 Idle share = 1 - time in which the GPU works / time of a step, in main.py's own loop with its prefetching. The profiler
 measures the work, a clock the steps before it, because the profiler slows down the CPU.
 """
@@ -63,6 +73,7 @@ import step_time
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import main
 from support import corpus, flags, processes
@@ -73,9 +84,16 @@ SHAPES = {
     "small": step_time.SHAPES["small"],
     "tiny": "--n_layer 2 --d_model 16 --n_head 2 --seq_len 64",  # for a CPU
 }
+DROPOUT = "--dropout 0.1 --dropatt 0.1"  # the paper's
 BATCH_SIZES = (8, 32, 1, 128)
-MODES = {"bf16": "--bf16", "float32": "", "tf32": "", "compiled": "--bf16 --compile"}
-PEAK_OF_MODE = {"bf16": "bf16", "float32": "float32", "tf32": "tf32", "compiled": "bf16"}
+MODES = {
+    "bf16": "--bf16",
+    "tf32": "",
+    "float32": "",
+    "shift": "--bf16 --clamp_len 1000000",
+    "compiled": "--bf16 --compile",
+}
+PEAK_OF_MODE = {"bf16": "bf16", "tf32": "tf32", "float32": "float32", "shift": "bf16", "compiled": "bf16"}
 # TFLOP/s without sparsity, as NVIDIA states them; names as torch.cuda.get_device_name gives them
 PEAKS = {
     r"NVIDIA H100 80GB HBM3|NVIDIA H200": {"bf16": 989, "tf32": 495, "float32": 67},  # SXM
@@ -93,6 +111,9 @@ LEAST_LEFT = 5  # seconds of the budget; with less no measurement starts
 WINDOWS = 2  # that the steps repeat: transformers needs a mask for each, which counts as memory
 WARM_UP = 3  # steps after the memory is full
 IDLE_BATCH, IDLE_WARM_UP, IDLE_STEPS = 32, 4, 12
+KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of SDPBackend
+ALLOWED_KERNELS = {"the choice of PyTorch": KERNELS} | {name: (name,) for name in KERNELS}  # by row of their table
+KERNEL_BATCH, KERNEL_STEPS = 8, 5
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in a trace
 TRAINING = "--bf16 --ff_activation gelu_new --learning_rate 1e-4 --warmup_steps 200"
 POINTS = 4  # at which the training run is judged
@@ -240,7 +261,7 @@ def driver_version() -> str:
 
 def read_flags(cell: Cell) -> argparse.Namespace:
     """Return main.py's flags of a measurement."""
-    argv = [*step_time.DROPOUT.split(), *SHAPES[cell.shape].split(), *MODES[cell.mode].split()]
+    argv = [*DROPOUT.split(), *SHAPES[cell.shape].split(), *MODES[cell.mode].split()]
     args, _, _ = main.read_flags([*argv, "--batch_size", str(cell.batch_size)])
     return args
 
@@ -259,9 +280,10 @@ def to_device(batches: list[dict[str, Tensor]], device: str) -> list[dict[str, T
 def measure(cell: Cell, device: str, n_steps: int) -> Steps:
     """Time n_steps training steps of one model, after a warm-up."""
     args = read_flags(cell)
-    torch.set_float32_matmul_precision("high" if cell.mode == "tf32" else "highest")
-    flop = count_flop(cell.shape, cell.batch_size, device) if device == "cuda" else None
+    flop = count_flop(cell, device) if device == "cuda" else None
     vocab, batches = load_batches(cell.shape, cell.batch_size)
+    # after load_batches, because main.prepare sets it too
+    torch.set_float32_matmul_precision("highest" if cell.mode == "float32" else "high")
     steps = step_time.train_steps(cell.model, vocab, to_device(batches, device), args)
     with torch.compiler.set_stance("force_eager"):  # compile for a full memory only: each length takes a minute
         for _ in range(math.ceil(args.mem_len / args.reuse_len)):
@@ -275,20 +297,28 @@ def measure(cell: Cell, device: str, n_steps: int) -> Steps:
     return Steps(seconds, args.batch_size * args.seq_len, flop, peak)
 
 
-def count_flop(shape: str, batch_size: int, device: str) -> int:
+def count_flop(cell: Cell, device: str) -> int:
     """Return the FLOP of our step, from those of one row and of two.
 
     The rest follows, because each product is made once for each row, or once for all.
     """
-    one, two = count_flop_of_few(shape, 1, device), count_flop_of_few(shape, 2, device)
-    return one + (batch_size - 1) * (two - one)
+    mode = "shift" if cell.mode == "shift" else "float32"  # all other modes make the same products
+    one = count_flop_of_few(Cell("ours", cell.shape, 1, mode), device)
+    two = count_flop_of_few(Cell("ours", cell.shape, 2, mode), device)
+    return one + (cell.batch_size - 1) * (two - one)
 
 
 @functools.cache
-def count_flop_of_few(shape: str, batch_size: int, device: str) -> int:
-    vocab, batches = load_batches(shape, batch_size)
-    args = read_flags(Cell("ours", shape, batch_size, "float32"))
-    return step_time.count_flop(vocab, to_device(batches, device), args)
+def count_flop_of_few(cell: Cell, device: str) -> int:
+    """Return the FLOP of our step as they are counted."""
+    vocab, batches = load_batches(cell.shape, cell.batch_size)
+    return step_time.count_flop(vocab, to_device(batches, device), read_flags(cell))
+
+
+def measure_kernels(allowed: Sequence[str], cell: Cell, device: str, n_steps: int) -> Steps:
+    """Do what `measure` does while attention may only use the allowed kernels, names of SDPBackend."""
+    with sdpa_kernel([getattr(SDPBackend, name) for name in allowed]):
+        return measure(cell, device, n_steps)
 
 
 def measure_idle(shape: str) -> Idle:
@@ -297,7 +327,7 @@ def measure_idle(shape: str) -> Idle:
         data, trace = Path(folder, "data.txt"), Path(folder, "trace.json")
         page = (ROOT / "data.txt").read_text(encoding="utf-8")
         data.write_text(f"{page}\n" * 2 * IDLE_BATCH, encoding="utf-8")  # enough windows for one pass
-        argv = [*step_time.DROPOUT.split(), *SHAPES[shape].split(), "--bf16", "--device", "cuda"]
+        argv = [*DROPOUT.split(), *SHAPES[shape].split(), "--bf16", "--device", "cuda"]
         argv += ["--data", str(data), "--cache_dir", folder, "--num_step", "1000"]
         argv += ["--batch_size", str(IDLE_BATCH), "--rows", str(IDLE_BATCH)]
         run = main.prepare(argv)
@@ -431,7 +461,7 @@ def describe(cell: Cell, result: Steps | Failed, peaks: dict[str, float]) -> str
 
 
 def print_steps(results: dict[Cell, Steps | Failed], peaks: dict[str, float]) -> None:
-    """Print the table of steps, a row for both models."""
+    """Print the table of steps, a row for both models; the columns of a model that is not measured stay empty."""
     print(
         "\n| shape, batch, mode | ms a step, this project (quartiles) | ms, transformers | times as fast | "
         "tokens a second, this project | transformers | MFU, this project | peak MB, this project | transformers |\n"
@@ -441,12 +471,13 @@ def print_steps(results: dict[Cell, Steps | Failed], peaks: dict[str, float]) ->
         if cell.model != "ours":
             continue
         beside = cell._replace(model="transformers")
-        ours, theirs = results[cell], results[beside]
-        ratio = ""
+        ours, theirs = results[cell], results.get(beside)
+        ratio = their_ms = their_speed = their_memory = ""
         if isinstance(ours, Steps) and isinstance(theirs, Steps):
             ratio = f"{np.median(theirs.seconds) / np.median(ours.seconds):.2f}"
+        if theirs is not None:
+            their_ms, their_speed, _, their_memory = columns(beside, theirs, peaks)
         our_ms, our_speed, share, our_memory = columns(cell, ours, peaks)
-        their_ms, their_speed, _, their_memory = columns(beside, theirs, peaks)
         print(
             f"| {cell.shape}, {cell.batch_size}, {cell.mode} | {our_ms} | {their_ms} | {ratio} | {our_speed} | "
             f"{their_speed} | {share} | {our_memory} | {their_memory} |"
@@ -467,15 +498,23 @@ def print_idle(results: dict[str, Idle | Failed]) -> None:
         print(f"| {shape}, batch {IDLE_BATCH} | {' | '.join(idle_columns(result))} |")
 
 
+def print_kernels(cell: Cell, results: dict[str, Steps | Failed]) -> None:
+    """Print the table of attention kernels, all measured on the steps of one cell."""
+    print(f"\n| attention kernel; {cell} | ms a step (quartiles) | peak MB |\n|---|---|---|")
+    for name, result in results.items():
+        milliseconds, _, _, memory = columns(cell, result, {})
+        print(f"| {name} | {milliseconds} | {memory} |")
+
+
 # ---------------------------------------------------------------- the command
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
-    """Return the measurements of steps in their order: those before the idle share, and those after it."""
+    """Return the measurements of steps in their order: the most important ones, and the rest."""
     first, rest = [], []
     for mode in options.modes:
         for shape in options.shapes:
-            for model in step_time.MODELS:
+            for model in ("ours",) if mode == "shift" else step_time.MODELS:
                 for batch_size in options.batch_size:
                     is_first = (mode, shape) == ("bf16", "base") and batch_size in (8, 32)
                     (first if is_first else rest).append(Cell(model, shape, batch_size, mode))
@@ -583,10 +622,19 @@ def measure_all(options: argparse.Namespace, worker: Worker) -> None:
         for shape in options.shapes:
             idle[shape] = budget.do(measure_idle, [shape], LIMIT)
             print(f"idle share, {shape}: {idle_columns(idle[shape])[-1]}", flush=True)
+    kernel_cell = Cell("ours", options.shapes[0], KERNEL_BATCH, "bf16")
+    kernels: dict[str, Steps | Failed] = {}
+    if on_gpu:
+        for name, allowed in ALLOWED_KERNELS.items():
+            arguments = [allowed, kernel_cell, options.device, KERNEL_STEPS]
+            kernels[name] = budget.do(measure_kernels, arguments, LIMIT)
+            print(f"attention kernel {name}: {describe(kernel_cell, kernels[name], peaks)}", flush=True)
     measure_steps(rest)
     print_steps(results, peaks)
     if idle:
         print_idle(idle)
+    if kernels:
+        print_kernels(kernel_cell, kernels)
     sys.stdout.flush()
     if options.minutes is not None:
         shape = "base" if on_gpu else "tiny"

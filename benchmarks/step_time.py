@@ -1,17 +1,21 @@
 """Time and memory of one training step: this XLNet beside transformers' XLNetLMHeadModel.
 
     python benchmarks/step_time.py
-    python benchmarks/step_time.py --growth
+    python benchmarks/step_time.py --growth --dropout 0
     python benchmarks/step_time.py --device cuda --shapes base --batch_size 8 32 --bf16 --compile
 
 Both models get the same windows of data.txt, start from the same weights, carry their own memory, and make the same
-step: forward, loss, backward, clipping, fused AdamW; --bf16 and --compile apply to both. Their steps alternate, so that
-a noisy machine disturbs both alike; the table gives medians with the quartiles around them. Peak memory on a CPU is the
-memory that a process with one of the two needs above what it needed before the model was built; on a GPU it is the most
-that PyTorch had allocated. FLOP are counted in our step: two for a multiplication and an addition in a matrix product.
+step: forward, loss, backward, clipping, fused AdamW; --dropout, --bf16 and --compile apply to both, and so does what
+main.py sets for speed (`set_matmul_precision` and `keep_freed_memory`). Each has a process of its own. Their steps
+alternate, so that a noisy machine disturbs both alike; the table gives medians with the quartiles around them. Peak
+memory on a CPU is what the process needs above what it needed before the model was built; on a GPU it is the most that
+PyTorch had allocated. FLOP are counted in our step: two for a multiplication and an addition in a matrix product.
+MFU = FLOP / seconds of our step / FLOP/s of a product of two large matrices, which is measured first. gpu.py has the
+MFU of what NVIDIA states.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -28,12 +32,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main
-from support import corpus
+from support import corpus, flags, processes
 from xlnet import XLNet, order_mask, prediction_loss
 
 MODELS = ("ours", "transformers")
@@ -44,21 +49,19 @@ SHAPES = {
 }
 GROWTH = {
     f"seq_len {n}": f"--seq_len {n} --reuse_len {n // 2} --perm_size {n // 2} --num_predict {n // 6}"
-    for n in (128, 256, 512, 1024, 2048)
+    for n in (512, 1024, 2048, 4096)
 }
 GROWTH |= {f"mem_len {n}": f"--mem_len {n}" for n in (0, 384, 1536)}
-DROPOUT = "--dropout 0.1 --dropatt 0.1"  # the paper's
 MAX_WINDOWS = 8
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12}  # FLOP/s without sparsity, as NVIDIA states them
 
 
 def load_batches(args: argparse.Namespace, device: str) -> tuple[corpus.Vocabulary, list[dict[str, Tensor]]]:
-    """Return the vocabulary, and the first windows of data.txt with args.batch_size copies of each.
+    """Return the vocabulary, and the first windows of data.txt, twice over, with args.batch_size copies of each.
 
     The model of default shape that comes with them is small, so peak memory still says what ours needs.
     """
     windows = ("seq_len", "reuse_len", "perm_size", "num_predict")
-    argv = ["--device", "cpu"]
+    argv = ["--device", "cpu", "--data", *[str(Path(main.__file__).parent / "data.txt")] * 2]  # long enough for 4,096
     for name in windows:
         argv += [f"--{name}", str(getattr(args, name))]
     run = main.prepare(argv)
@@ -155,13 +158,32 @@ def peak_rss() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # a Mac counts bytes
 
 
-def peak_memory(name: str, args: argparse.Namespace, device: str) -> float:
-    """Return the MB by which the peak of this process grows, or the peak of the GPU, over the first steps."""
+STARTED: list[Iterator[float]] = []  # the steps of this process, which trains one model
+
+
+def start(name: str, args: argparse.Namespace, device: str) -> float:
+    """Build a model in this process and make the steps of the warm-up.
+
+    -> the MB by which the peak of this process grows meanwhile, or the peak of the GPU
+    """
     vocab, batches = load_batches(args, device)
+    processes.set_matmul_precision(torch.device(device))
+    if device == "cpu":
+        processes.keep_freed_memory(flags.largest_tensor(args, vocab.size, world_size=1))
+    if device == "cpu" and sys.platform == "linux":  # an error here, before the system kills a process
+        import resource  # Windows lacks it
+
+        resource.setrlimit(resource.RLIMIT_DATA, (psutil.virtual_memory().available,) * 2)
     before = peak_rss()
-    for _ in itertools.islice(train_steps(name, vocab, batches, args), 1 + warm_up(args)):
-        pass
+    STARTED[:] = [train_steps(name, vocab, batches, args)]
+    for _ in range(1 + warm_up(args)):
+        step()
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_rss() - before
+
+
+def step() -> float:
+    """Make the next step of the model of this process; return its seconds."""
+    return next(STARTED[0])
 
 
 def count_flop(vocab: corpus.Vocabulary, batches: list[dict[str, Tensor]], args: argparse.Namespace) -> int:
@@ -170,45 +192,70 @@ def count_flop(vocab: corpus.Vocabulary, batches: list[dict[str, Tensor]], args:
     steps = train_steps("ours", vocab, batches, not_compiled)
     for _ in range(warm_up(args)):
         next(steps)
-    with FlopCounterMode(display=False) as counter:
+    # The counter would count the scores of a fused kernel again in the backward pass.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         next(steps)
     return counter.get_total_flops()
+
+
+def product_speed(device: str, dtype: torch.dtype, size: int) -> float:
+    """Return the FLOP/s of a product of two matrices of size x size numbers, the best of ten."""
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(10):
+        begin = time.perf_counter()
+        x @ x
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
 
 
 def compare(
     args: argparse.Namespace, device: str, n_steps: int
 ) -> tuple[dict[str, list[float]], dict[str, float], int]:
-    """Return the seconds of n_steps steps and the peak memory in MB of each model, and the FLOP of our step."""
-    torch.compiler.reset()  # the graphs of other sizes count towards a limit, above which nothing is compiled
-    # a new process for each model: its peak is its own
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = pool.map(peak_memory, MODELS, [args] * 2, [device] * 2)
-        memory = dict(zip(MODELS, peaks, strict=True))
+    """Return the seconds of n_steps steps and the peak memory in MB of each model, and the FLOP of our step.
+
+    If transformers' model does not fit into memory, it has no steps.
+    """
+    memory, seconds = {}, {name: [] for name in MODELS}
+    with contextlib.ExitStack() as stack:
+        pools = {}
+        for name in MODELS:  # each in a process of its own, as when it trains alone
+            pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            try:
+                memory[name] = pool.submit(start, name, args, device).result()
+                pools[name] = pool
+            except (MemoryError, RuntimeError) as error:
+                if name == "ours" or not processes.is_out_of_memory(error):
+                    raise
+        for _ in tqdm(range(n_steps), leave=False, disable=None):
+            for name, pool in pools.items():
+                seconds[name].append(pool.submit(step).result())
     vocab, batches = load_batches(args, device)
-    runs = {name: train_steps(name, vocab, batches, args) for name in MODELS}
-    seconds: dict[str, list[float]] = {name: [] for name in MODELS}
-    for i in tqdm(range(n_steps + warm_up(args)), leave=False, disable=None):
-        for name, run in runs.items():
-            spent = next(run)
-            if i >= warm_up(args):
-                seconds[name].append(spent)
     return seconds, memory, count_flop(vocab, batches, args)
 
 
-def print_row(
-    name: str, seconds: dict[str, list[float]], memory: dict[str, float], flop: int, peak_speed: float | None
-) -> None:
-    """Print the row of one setting; peak_speed: FLOP/s that the machine can reach, if known."""
-    quartiles = {model: 1000 * np.percentile(seconds[model], (25, 50, 75)) for model in MODELS}
-    times = [f"{middle:.0f} ({low:.0f} to {high:.0f})" for low, middle, high in quartiles.values()]
-    ratio = quartiles["transformers"][1] / quartiles["ours"][1]
-    speed = flop / quartiles["ours"][1] * 1000
-    share = f" ({speed / peak_speed:.0%} of {peak_speed / 1e12:.0f})" if peak_speed else ""
+def print_row(name: str, seconds: dict[str, list[float]], memory: dict[str, float], flop: int, peak: float) -> None:
+    """Print the row of one setting; peak: FLOP/s of a large product."""
+    ours = np.percentile(seconds["ours"], (25, 50, 75))
+    their_time, ratio, their_memory, share = "out of memory", "", "", ""
+    if seconds["transformers"]:
+        theirs = np.percentile(seconds["transformers"], (25, 50, 75))
+        their_time, ratio = milliseconds(theirs), f"{theirs[1] / ours[1]:.2f}"
+        their_memory, share = f"{memory['transformers']:.0f}", f"{memory['ours'] / memory['transformers']:.2f}"
+    speed = flop / ours[1]
     print(
-        f"| {name} | {' | '.join(times)} | {ratio:.2f} | {memory['ours']:.0f} | {memory['transformers']:.0f} | "
-        f"{memory['ours'] / memory['transformers']:.2f} | {flop / 1e9:.1f}, {speed / 1e12:.3f}{share} |",
+        f"| {name} | {milliseconds(ours)} | {their_time} | {ratio} | {memory['ours']:.0f} | {their_memory} | {share} | "
+        f"{flop / 1e9:.1f} | {speed / 1e12:.3f} | {speed / peak:.0%} |",
         flush=True,
     )
+
+
+def milliseconds(quartiles: np.ndarray) -> str:
+    """Return a median and the quartiles around it, as text; quartiles: seconds."""
+    low, middle, high = 1000 * quartiles
+    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
 def benchmark(argv: Sequence[str] | None = None) -> None:
@@ -217,6 +264,14 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
     parser.add_argument("--growth", action="store_true", help="default shape, growing seq_len and mem_len")
     parser.add_argument("--batch_size", nargs="+", type=int, default=[1], help="(default: 1)")
+    parser.add_argument(
+        "--dropout",
+        nargs="+",
+        type=float,
+        default=[0, 0.1],
+        metavar="RATE",
+        help="of hidden states and attention weights (default: 0, as in main.py, and 0.1, as in the paper)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile both models")
@@ -224,26 +279,27 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     settings = GROWTH if options.growth else {name: SHAPES[name] for name in options.shapes}
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-    peak_speed = None
-    if options.bf16:
-        peak_speed = next((peak for gpu, peak in PEAK_BF16.items() if gpu in machine), None)
+    processes.set_matmul_precision(torch.device(options.device))
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    peak = product_speed(options.device, dtype, 8192 if options.device == "cuda" else 2048)
     print(
         f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}, {options.steps} steps of "
-        f"each, {'bfloat16' if options.bf16 else 'float32'}, {'compiled' if options.compile else 'not compiled'}\n"
+        f"each, {'bfloat16' if options.bf16 else 'float32'}, {'compiled' if options.compile else 'not compiled'}, "
+        f"a large product: {peak / 1e12:.2f} TFLOP/s\n"
     )
     print(
         "| one step | ms, this project (quartiles) | ms, transformers | times as fast | peak MB, this project | "
-        "transformers | ratio | GFLOP, TFLOP/s |\n|---|---|---|---|---|---|---|---|"
+        "transformers | ratio | GFLOP | TFLOP/s | MFU |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    for (name, flags), batch_size in itertools.product(settings.items(), options.batch_size):
-        argv_of_run = [*DROPOUT.split(), *flags.split(), "--batch_size", str(batch_size)]
+    for rate, (name, words), batch_size in itertools.product(options.dropout, settings.items(), options.batch_size):
+        argv_of_run = [*words.split(), "--dropout", str(rate), "--dropatt", str(rate), "--batch_size", str(batch_size)]
         if options.bf16:
             argv_of_run.append("--bf16")
         if options.compile:
             argv_of_run.append("--compile")
         args, _, _ = main.read_flags(argv_of_run)
         seconds, memory, flop = compare(args, options.device, options.steps)
-        print_row(f"{name}, batch {batch_size}", seconds, memory, flop, peak_speed)
+        print_row(f"{name}, batch {batch_size}, dropout {rate:g}", seconds, memory, flop, peak)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the comparison in benchmarks/learning.py rests on, and the parts of benchmarks/probe.py."""
+"""What the comparison in benchmarks/learning.py rests on, and the parts of probe.py and step_time.py."""
 
 import argparse
 import contextlib
@@ -19,6 +19,7 @@ from xlnet import XLNet, prediction_loss
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
 import probe
+import step_time
 
 DATA = str(Path(main.__file__).parent / "data.txt")
 SMALL = ["--data", DATA, "--n_layer", "2", "--train_steps", "9"]
@@ -325,3 +326,56 @@ def test_passages_are_classified_on_documents_that_were_not_trained_on(monkeypat
     probe.classify(model, model, tokenizer)
     last = capsys.readouterr().out.splitlines()[-1].split("|")[2:-1]
     assert max(map(float, last)) < 0.7
+
+
+# ---------------------------------------------------------------- step_time.py
+
+
+class HerePool(contextlib.nullcontext):
+    """Stands in for a ProcessPoolExecutor, and calls the function in this process."""
+
+    def __init__(self, *_):
+        super().__init__(self)
+
+    def submit(self, function, *args):
+        return argparse.Namespace(result=lambda: function(*args))
+
+
+@pytest.mark.parametrize(
+    "model, words, goes_on",
+    [
+        ("transformers", "DefaultCPUAllocator: can't allocate memory", True),
+        ("transformers", "a bug", False),
+        ("ours", "DefaultCPUAllocator: can't allocate memory", False),
+    ],
+)
+def test_a_model_that_does_not_fit_has_no_steps(monkeypatch, capsys, model, words, goes_on):
+    """If it is transformers', the row says so and has no ratio; any other error ends the benchmark."""
+
+    def start(name, args, device):
+        if name == model:
+            raise RuntimeError(words)
+        return 300.0
+
+    monkeypatch.setattr(step_time, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(step_time, "start", start)
+    monkeypatch.setattr(step_time, "step", lambda: 0.25)
+    monkeypatch.setattr(step_time, "count_flop", lambda *_: 10**9)
+    monkeypatch.setattr(step_time, "product_speed", lambda *_: 1e10)
+    with contextlib.nullcontext() if goes_on else pytest.raises(RuntimeError, match=words):
+        step_time.benchmark(["--shapes", "default", "--dropout", "0", "--steps", "2"])
+    row = "| default, batch 1, dropout 0 | 250 (250 to 250) | out of memory |  | 300 |  |  | 1.0 | 0.004 | 40% |"
+    assert (row in capsys.readouterr().out) == goes_on
+
+
+def test_both_models_of_the_step_benchmark_learn_alike():
+    """The first losses, which start from the same weights and windows, are the same without dropout."""
+    args, _, _ = main.read_flags(["--n_layer", "1", "--dropout", "0", "--dropatt", "0"])
+    vocab, batches = step_time.load_batches(args, "cpu")
+    logits = []
+    for name in step_time.MODELS:
+        model = step_time.build(name, vocab, args)
+        with torch.no_grad():
+            found = model(**step_time.inputs_for(name, batches[0]))
+        logits.append(found[0] if name == "ours" else found.logits.transpose(0, 1))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)

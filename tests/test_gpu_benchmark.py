@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import main
-from support import UserError
+from support import UserError, processes
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import gpu
@@ -60,6 +61,24 @@ def here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def stand_ins(here, monkeypatch):
+    """Let the benchmark find a GPU, with stand-ins for what it asks of torch.cuda."""
+    values = {
+        "is_available": True,
+        "get_device_name": "NVIDIA L4",
+        "get_device_properties": SimpleNamespace(total_memory=24e9),
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 1234 * 2**20,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(gpu, "driver_version", lambda: "1.2")
+    monkeypatch.setattr(gpu, "to_device", lambda batches, device: batches)
+    gpu.count_flop_of_few.cache_clear()  # of other stand-ins
+
+
 def tables(out):
     """Return the Markdown tables in a text: lists of rows, without the line below the header."""
     found = []
@@ -99,8 +118,8 @@ def test_everything_in_small_on_a_cpu(here, capsys):
 
 
 @pytest.mark.slow
-def test_the_way_on_a_gpu(here, monkeypatch, capsys):
-    """Rehearsed with a stand-in for the GPU: MFU, peak memory and the idle share appear in lines and tables."""
+def test_the_way_on_a_gpu(stand_ins, monkeypatch, capsys):
+    """Rehearsed with stand-ins: MFU, peak memory, the idle share and the kernels appear in lines and tables."""
     prepare, profile = main.prepare, torch.profiler.profile
 
     def prepare_on_cpu(argv):
@@ -110,18 +129,6 @@ def test_the_way_on_a_gpu(here, monkeypatch, capsys):
     cpu_only = [torch.profiler.ProfilerActivity.CPU]
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=cpu_only))
     monkeypatch.setattr(gpu, "GPU_WORK", ("cpu_op",))
-    monkeypatch.setattr(gpu, "to_device", lambda batches, device: batches)
-    monkeypatch.setattr(gpu, "driver_version", lambda: "1.2")
-    stand_ins = {
-        "is_available": True,
-        "get_device_name": "NVIDIA L4",
-        "get_device_properties": SimpleNamespace(total_memory=24e9),
-        "synchronize": None,
-        "reset_peak_memory_stats": None,
-        "max_memory_allocated": 1234 * 2**20,
-    }
-    for name, value in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(step_time, "train_steps", lambda *args: itertools.repeat(0.001))
     monkeypatch.setattr(step_time, "count_flop", lambda vocab, batches, args: 60_500_000_000 * args.batch_size)
     gpu.benchmark(["--no_tests", "--shapes", "tiny", "--batch_size", "2", "--modes", "bf16", "--steps", "2"])
@@ -129,11 +136,91 @@ def test_the_way_on_a_gpu(here, monkeypatch, capsys):
     assert "NVIDIA L4, 24 GB, driver 1.2; CUDA" in out and "peaks, TFLOP/s: bf16 121, tf32 60, float32 30\n" in out
     share = "100.0%"  # 2 * 60.5 GFLOP in 1 ms, at 121 TFLOP/s
     assert f"tiny, batch 2, bf16, ours: 1.0 (1.0 to 1.0) ms, 128,000 tokens a second, MFU {share}, 1,234 MB\n" in out
-    steps, idle = tables(out)
+    steps, idle, kernels = tables(out)
+    assert kernels == [[name, "1.0 (1.0 to 1.0)", "1,234"] for name in gpu.ALLOWED_KERNELS]
+    order = [
+        "idle share, tiny: ",
+        "attention kernel FLASH_ATTENTION: tiny, batch 8, bf16, ours: 1.0 ",
+        "\ntiny, batch 2, ",
+    ]
+    assert sorted(order, key=out.index) == order
     assert steps[0][3:] == ["1.00", "128,000", "128,000", share, "1,234", "1,234"]
     [[name, step, busy, part]] = idle
     assert name == "tiny, batch 32" and float(step) > 0 and float(busy) > 0 and f"idle share, tiny: {part}\n" in out
     assert float(part[:-1]) == pytest.approx(100 * (1 - float(busy) / float(step)), abs=2)
+
+
+def test_each_kernel_is_forced(stand_ins, monkeypatch, capsys):
+    """On a CPU only MATH takes our widths. The other kernels leave their error; other steps are not forced."""
+    q, v, mask = torch.zeros(1, 1, 2, 344), torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 2)
+
+    def steps_of_attention(*args):
+        while True:
+            F.scaled_dot_product_attention(q, q, v, attn_mask=mask)
+            yield 0.001
+
+    monkeypatch.setattr(gpu, "measure_idle", lambda shape: gpu.Idle(0.02, 0.01))
+    monkeypatch.setattr(step_time, "train_steps", steps_of_attention)
+    monkeypatch.setattr(step_time, "count_flop", lambda *args: 10**9)
+    with pytest.warns(UserWarning, match="same last dimension"):
+        gpu.benchmark(["--no_tests", "--shapes", "tiny", "--batch_size", "2", "--modes", "bf16", "--steps", "2"])
+    steps, _, kernels = tables(capsys.readouterr().out)
+    assert steps[0][1:4] == ["1.0 (1.0 to 1.0)"] * 2 + ["1.00"]
+    found = {name: (result, memory) for name, result, memory in kernels}
+    assert found.pop("the choice of PyTorch") == found.pop("MATH") == ("1.0 (1.0 to 1.0)", "1,234")
+    reasons = {name: reason for name, (reason, memory) in found.items() if memory == ""}
+    assert list(reasons) == ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"]
+    assert re.match(r"RuntimeError: No available kernel\.", reasons["FLASH_ATTENTION"])
+    assert all(reason.startswith("RuntimeError: No ") for reason in reasons.values())
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()  # again
+
+
+def test_scores_that_a_kernel_computes_again_count_once(monkeypatch):
+    """Two products of 8 x 8 x 16 forward and four backward, though the fused kernel makes a fifth."""
+    args, _, _ = main.read_flags([])
+
+    def steps(*_):
+        q = torch.zeros(1, 1, 8, 16, requires_grad=True)
+        while True:
+            F.scaled_dot_product_attention(q, q, q).sum().backward()
+            yield 0.001
+
+    monkeypatch.setattr(step_time, "train_steps", steps)
+    assert step_time.count_flop(None, [], args) == 6 * 2 * 8 * 8 * 16
+
+
+@pytest.mark.slow
+def test_shift_is_ours_only(here, capsys):
+    """The columns of transformers are empty in its row; its peak FLOP/s are those of bf16."""
+    assert gpu.read_flags(OURS._replace(mode="shift")).clamp_len == 1_000_000
+    gpu.benchmark(["--device", "cpu", "--modes", "shift"])
+    out = capsys.readouterr().out
+    [[row]] = tables(out)
+    assert row[0] == "tiny, 1, shift" and float(row[1].split()[0]) > 0 and float(row[4].replace(",", "")) > 0
+    assert row[2:4] == ["", ""] and row[5:] == [""] * 4 and "transformers:" not in out
+    peaks, steps = gpu.find_peaks("NVIDIA L4"), gpu.Steps([0.1], tokens=1, flop=10**12, peak_memory=None)
+    assert gpu.columns(OURS._replace(mode="shift"), steps, peaks) == gpu.columns(OURS, steps, peaks)
+
+
+@pytest.mark.parametrize("mode, precision", [("float32", "highest"), ("tf32", "high"), ("bf16", "high")])
+def test_the_mode_sets_the_precision(monkeypatch, mode, precision):
+    """Only float32 has full precision, whatever main.prepare has set before."""
+    seen = []
+
+    def steps_that_look(*args):
+        while True:
+            seen.append(torch.get_float32_matmul_precision())
+            yield 0.001
+
+    monkeypatch.setattr(step_time, "train_steps", steps_that_look)
+    monkeypatch.setattr(processes, "set_matmul_precision", lambda device: torch.set_float32_matmul_precision("medium"))
+    gpu.load_batches.cache_clear()  # so that main.prepare is called
+    before = torch.get_float32_matmul_precision()
+    try:
+        gpu.measure(OURS._replace(mode=mode), "cpu", 1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {precision}
 
 
 @pytest.mark.slow
@@ -163,6 +250,17 @@ def test_without_a_budget_all_is_skipped(here, capsys):
     assert len(rows) == 2 and all(row[1:3] == ["skipped, the budget is over"] * 2 for row in rows)
 
 
+def test_without_a_budget_all_of_a_gpu_is_skipped(stand_ins, monkeypatch, capsys):
+    """The idle share and the attention kernels too."""
+    monkeypatch.setattr(gpu, "measure", None)  # what is not skipped fails
+    gpu.benchmark(["--budget", "0"])
+    steps, idle, kernels = tables(capsys.readouterr().out)
+    skipped = "skipped, the budget is over"
+    assert len(steps) == 2 * 4 * 5 and all(row[1] == skipped for row in steps)
+    assert [row[-1] for row in idle] == [skipped] * 2
+    assert kernels == [[name, skipped, ""] for name in gpu.ALLOWED_KERNELS]
+
+
 def test_the_budget_limits_and_skips(monkeypatch):
     """A measurement gets no more than what is left; with less than LEAST_LEFT none starts."""
     clock, limits = [0.0], []
@@ -180,13 +278,14 @@ def test_the_budget_limits_and_skips(monkeypatch):
 
 
 def test_the_most_important_first():
-    """Base in bf16 at 8 and 32 before the idle share, ours before transformers; compiled last; nothing twice."""
+    """Base in bf16 at 8 and 32 first, ours before transformers; shift and compiled last; nothing twice."""
     options = SimpleNamespace(modes=list(gpu.MODES), shapes=["base", "small"], batch_size=list(gpu.BATCH_SIZES))
     first, rest = gpu.plan(options)
     assert first == [gpu.Cell(model, "base", size, "bf16") for model in step_time.MODELS for size in (8, 32)]
-    assert len({*first, *rest}) == len(first) + len(rest) == 2 * 2 * 4 * 4
-    is_compiled = [cell.mode == "compiled" for cell in rest]
-    assert is_compiled == sorted(is_compiled) and sum(is_compiled) == 16
+    assert len({*first, *rest}) == len(first) + len(rest) == 2 * 2 * 4 * 4 + 2 * 4
+    modes = [cell.mode for cell in rest]
+    assert modes[-24:] == ["shift"] * 8 + ["compiled"] * 16 and not {"shift", "compiled"} & {*modes[:-24]}
+    assert all(cell.model == "ours" for cell in rest if cell.mode == "shift")
 
 
 def test_flags_are_checked(monkeypatch):
@@ -281,9 +380,14 @@ def test_work_at_the_same_time_counts_once():
 
 
 def test_flop_grow_by_the_same_number_with_each_row():
-    """Those of four rows follow from one row and two."""
+    """Those of four rows follow from one row and two, in the usual form and in that of `rel_shift`."""
     gpu.count_flop_of_few.cache_clear()
-    assert gpu.count_flop("tiny", 4, "cpu") == gpu.count_flop_of_few("tiny", 4, "cpu") > 10**7
+    counts = {}
+    for mode, same_products in (("bf16", "float32"), ("shift", "shift")):
+        four = OURS._replace(batch_size=4, mode=mode)
+        counts[mode] = gpu.count_flop(four, "cpu")
+        assert counts[mode] == gpu.count_flop_of_few(four._replace(mode=same_products), "cpu") > 10**7
+    assert counts["bf16"] != counts["shift"]
 
 
 # ---------------------------------------------------------------- the GPU tests and the text

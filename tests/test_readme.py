@@ -42,7 +42,7 @@ SHORT = {  # what is appended, and so counts
     "gpu.py": "--device cpu --no_tests",
     "make_vocabulary.py": "--size 500 --output_dir made",
     "learning.py": "--seeds 0 --jobs 1 --data long.txt --valid short.txt --csv t.csv --png t.png",
-    "step_time.py": "--steps 1 --shapes default --batch_size 1",
+    "step_time.py": "--steps 1 --shapes default --batch_size 1 --dropout 0",
     "pipeline.py": "--passes 1",
     "checkpoint_cost.py": "--steps 2 --pairs 1",
     "large_text.py": "--megabytes 1 --processes 1 --steps 2",
@@ -153,8 +153,8 @@ def test_other_comparisons(folder, monkeypatch, capsys, command):
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("--batch_size 1 2 4 8 --shapes default", 4),
-        ("--growth", 8),
+        ("--batch_size 1 2 4 8 --shapes default --dropout 0", 4),
+        ("--growth --dropout 0", 7),
     ],
 )
 def test_flags_of_the_step_benchmark(monkeypatch, capsys, command, rows):
