@@ -74,7 +74,7 @@ def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
     enough = 3e-7 * rest.norm(dim=0).max()
     while len(chosen) < len(frequency):
         size = rest.norm(dim=0)
-        if size.max() < enough and len(chosen) % 4 == 0:  # matrix units like multiples of 8, sines and cosines
+        if size.max() < enough and len(chosen) % 4 == 0:  # with the cosines a multiple of 8, as matrix units like it
             break
         chosen.append(int(size.argmax()))
         direction = F.normalize(rest[:, chosen[-1]], dim=0)
@@ -93,7 +93,7 @@ def position_tables(klen: int, d_model: int, device: torch.device, dtype: torch.
     reach = 64 * math.ceil(klen / 64)  # similar lengths share the frequencies, which take a moment to find
     frequency, mix = few_frequencies(reach, d_model)
     features = position_features(torch.arange(klen) - klen // 2, frequency)
-    return features.to(device, dtype), mix.to(device, dtype)
+    return features.to(dtype).to(device), mix.to(dtype).to(device)  # first the type: a Mac's GPU has no float64
 
 
 def rotate(x: Tensor, features: Tensor) -> Tensor:
@@ -755,7 +755,7 @@ class XLNet(nn.Module):
         pos_emb = None
         if self.clamp_len > 0:  # clipped distances are no product of positions
             pos_emb = relative_positional_encoding(qlen, klen, d_model, self.clamp_len, self.bi_data, bsz)
-            pos_emb = dropout(pos_emb.to(device, dtype), self.dropout, self.training)
+            pos_emb = dropout(pos_emb.to(dtype).to(device), self.dropout, self.training)
         return Queries(position, q_features, q_segment, blocks), Keys(k_features, k_segment, mix, pos_emb)
 
 
