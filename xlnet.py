@@ -60,8 +60,8 @@ def position_features(x: Tensor, frequency: Tensor) -> Tensor:
 def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
     """Return the frequencies that suffice for distances up to `reach`, and how all others follow from them.
 
-    Neighbouring low frequencies differ so little within `reach` that few of them determine the others: to 5e-7, the
-    sine and the cosine of each frequency are the same weighted sum of the sines, and of the cosines, of the few. For
+    Neighbouring low frequencies differ so little within `reach` that few of them determine the others. The sine of each
+    frequency is a weighted sum of the sines of the few, to 5e-7, and its cosine is the same sum of their cosines. For
     896 tokens and width 768, 136 of 384 suffice. QR with column pivoting finds them: the next frequency is always the
     one that the chosen ones explain least.
 
@@ -74,7 +74,7 @@ def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
     enough = 3e-7 * rest.norm(dim=0).max()
     while len(chosen) < len(frequency):
         size = rest.norm(dim=0)
-        if size.max() < enough and len(chosen) % 4 == 0:  # with the cosines a multiple of 8, as matrix units like it
+        if size.max() < enough and len(chosen) % 4 == 0:  # fused kernels need 2 n to be a multiple of 8
             break
         chosen.append(int(size.argmax()))
         direction = F.normalize(rest[:, chosen[-1]], dim=0)
@@ -97,7 +97,7 @@ def position_tables(klen: int, d_model: int, device: torch.device, dtype: torch.
 
 
 def rotate(x: Tensor, features: Tensor) -> Tensor:
-    """Return the factors of a key's position features in a score, from those of the features of the distance.
+    """Turn the factors of a distance's features into the factors of a key's position features.
 
     A score is a sum over the frequencies w. For query i and key j:
 

@@ -618,22 +618,20 @@ def measure_all(options: argparse.Namespace, worker: Worker) -> None:
     first, rest = plan(options)
     measure_steps(first)
     idle: dict[str, Idle | Failed] = {}
+    kernels: dict[str, Steps | Failed] = {}
+    kernel_cell = Cell("ours", options.shapes[0], KERNEL_BATCH, "bf16")
     if on_gpu:
         for shape in options.shapes:
             idle[shape] = budget.do(measure_idle, [shape], LIMIT)
             print(f"idle share, {shape}: {idle_columns(idle[shape])[-1]}", flush=True)
-    kernel_cell = Cell("ours", options.shapes[0], KERNEL_BATCH, "bf16")
-    kernels: dict[str, Steps | Failed] = {}
-    if on_gpu:
         for name, allowed in ALLOWED_KERNELS.items():
             arguments = [allowed, kernel_cell, options.device, KERNEL_STEPS]
             kernels[name] = budget.do(measure_kernels, arguments, LIMIT)
             print(f"attention kernel {name}: {describe(kernel_cell, kernels[name], peaks)}", flush=True)
     measure_steps(rest)
     print_steps(results, peaks)
-    if idle:
+    if on_gpu:
         print_idle(idle)
-    if kernels:
         print_kernels(kernel_cell, kernels)
     sys.stdout.flush()
     if options.minutes is not None:

@@ -56,12 +56,12 @@ MAX_WINDOWS = 8
 
 
 def load_batches(args: argparse.Namespace, device: str) -> tuple[corpus.Vocabulary, list[dict[str, Tensor]]]:
-    """Return the vocabulary, and the first windows of data.txt, twice over, with args.batch_size copies of each.
+    """Return the vocabulary, and the first windows of two copies of data.txt, with args.batch_size copies of each.
 
     The model of default shape that comes with them is small, so peak memory still says what ours needs.
     """
     windows = ("seq_len", "reuse_len", "perm_size", "num_predict")
-    argv = ["--device", "cpu", "--data", *[str(Path(main.__file__).parent / "data.txt")] * 2]  # long enough for 4,096
+    argv = ["--device", "cpu", "--data", *args.data, *args.data]  # one copy is too short for windows of 4,096 tokens
     for name in windows:
         argv += [f"--{name}", str(getattr(args, name))]
     run = main.prepare(argv)
@@ -170,10 +170,12 @@ def start(name: str, args: argparse.Namespace, device: str) -> float:
     processes.set_matmul_precision(torch.device(device))
     if device == "cpu":
         processes.keep_freed_memory(flags.largest_tensor(args, vocab.size, world_size=1))
-    if device == "cpu" and sys.platform == "linux":  # an error here, before the system kills a process
-        import resource  # Windows lacks it
+        if sys.platform == "linux":
+            import resource  # Windows lacks it
 
-        resource.setrlimit(resource.RLIMIT_DATA, (psutil.virtual_memory().available,) * 2)
+            # With a limit PyTorch raises an error. Without one the system would kill some process.
+            free = psutil.virtual_memory().available
+            resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     before = peak_rss()
     STARTED[:] = [train_steps(name, vocab, batches, args)]
     for _ in range(1 + warm_up(args)):

@@ -92,9 +92,9 @@ def check_bf16(device: torch.device) -> None:
 def set_matmul_precision(device: torch.device) -> None:
     """Let PyTorch multiply matrices of float32 as fast as it can: in TF32 on a GPU, without loss of precision on a CPU.
 
-    On a CPU "medium" allows oneDNN, instead of MKL, to multiply in bfloat16. It only does so with AMX, Intel's matrix
-    units. Without them it computes in float32, on an AMD CPU with AVX-512 twice as fast as MKL, which knows only AVX2
-    there. One product tells which it is.
+    On a CPU "medium" hands products to oneDNN instead of MKL, and allows it to round to bfloat16. oneDNN does so only
+    with AMX, Intel's matrix units. Elsewhere it computes in float32, and on AMD CPUs it uses AVX-512, which MKL does
+    not. One product shows whether it rounds.
     """
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -109,8 +109,8 @@ def set_matmul_precision(device: torch.device) -> None:
 def keep_freed_memory(largest: int) -> None:
     """Let the C library keep the memory of freed tensors, because the next step needs as much again.
 
-    glibc gives large blocks back to the system, which clears each page anew when the program asks for it again: at
-    width 256 a seventh of a step. Other C libraries are left as they are.
+    glibc gives large blocks back to the system. Asked for them again, the system clears each page, and the step waits.
+    Other C libraries are left as they are.
 
     largest: bytes of the largest tensor of a step
     """

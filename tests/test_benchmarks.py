@@ -368,8 +368,8 @@ def test_a_model_that_does_not_fit_has_no_steps(monkeypatch, capsys, model, word
     assert (row in capsys.readouterr().out) == goes_on
 
 
-def test_both_models_of_the_step_benchmark_learn_alike():
-    """The first losses, which start from the same weights and windows, are the same without dropout."""
+def test_both_models_of_the_step_benchmark_start_alike():
+    """Without dropout, the same weights and window give the same logits."""
     args, _, _ = main.read_flags(["--n_layer", "1", "--dropout", "0", "--dropatt", "0"])
     vocab, batches = step_time.load_batches(args, "cpu")
     logits = []
