@@ -191,7 +191,9 @@ def slot_positions(target_mapping: Tensor) -> Tensor:
 class QueryBlock(NamedTuple):
     """Who may see whom among neighbouring queries and the first n_key keys of memory ++ content stream."""
 
-    attn_mask: Tensor  # [bsz, 1, n_query, n_key], added to the scores: 0 = may see, BLOCKED = must not see
+    # [bsz, 1, n_query, n_key], added to the scores: 0 = may see, BLOCKED = must not see. A blind query has only 0: in
+    # bfloat16 a fused kernel of a GPU turns a row of nothing but BLOCKED into gradients of NaN.
+    attn_mask: Tensor
     blind: Tensor  # [bsz, 1, n_query, 1] bool, True = sees no key at all
 
 
@@ -217,8 +219,8 @@ def query_blocks(blocked: Tensor, slots: Tensor | None, first_part: int, dtype: 
         parts.append(blocked.gather(1, slots.clamp(min=0).expand(-1, -1, klen)) | (slots < 0))
     blocks = []
     for part in parts:
-        attn_mask = torch.zeros(part.shape, dtype=dtype, device=part.device).masked_fill_(part, BLOCKED)
         blind = part.all(dim=2, keepdim=True)
+        attn_mask = torch.zeros(part.shape, dtype=dtype, device=part.device).masked_fill_(part & ~blind, BLOCKED)
         blocks.append(QueryBlock(attn_mask[:, None], blind[:, None]))
     return blocks
 

@@ -133,12 +133,15 @@ def train_steps(
                 output = model(**inputs, mems=mems, use_mems=args.mem_len > 0)
                 logits, mems = output.logits.transpose(0, 1), output.mems
         prediction_loss(logits, target, target_mask).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        yield time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        if not norm.isfinite():  # a step that cannot learn has no time
+            raise RuntimeError(f"the norm of the gradient of {name} is {norm.item()}")
+        yield seconds
 
 
 def warm_up(args: argparse.Namespace) -> int:

@@ -189,6 +189,20 @@ def test_scores_that_a_kernel_computes_again_count_once(monkeypatch):
     assert step_time.count_flop(None, [], args) == 6 * 2 * 8 * 8 * 16
 
 
+def test_a_step_that_cannot_learn_has_no_time(here, monkeypatch):
+    """A gradient of NaN is an error: the time of such steps would look like any other."""
+    build = step_time.build
+
+    def broken(*args):
+        model = build(*args)
+        torch.nn.init.constant_(model.mask_emb, float("nan"))
+        return model
+
+    monkeypatch.setattr(step_time, "build", broken)
+    with pytest.raises(RuntimeError, match="the norm of the gradient of ours is nan"):
+        gpu.measure(OURS, "cpu", 1)
+
+
 @pytest.mark.slow
 def test_shift_is_ours_only(here, capsys):
     """The columns of transformers are empty in its row; its peak FLOP/s are those of bf16."""
