@@ -31,6 +31,7 @@ import xlnet
 from data_utils import Loader, default_rows, evaluation_rows, members_of_process, prefetch
 from support import UserError, checkpoint, corpus, flags, processes, warn
 from support.checkpoint import TrainingState
+from support.muon import Muon
 from support.report import Reporter
 from xlnet import XLNet, prediction_loss
 
@@ -249,15 +250,19 @@ def get_lr(update: int, args: argparse.Namespace, total_updates: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """Return AdamW, without weight decay on biases and LayerNorm.
+    """Return AdamW, or Muon with AdamW for what is no matrix, without weight decay on biases and LayerNorm.
+
+    Embeddings are no matrices in this sense: a batch reaches only some of their rows.
 
     Source: official AdamWeightDecayOptimizer, which does decay r_w_bias, r_r_bias and r_s_bias. With the local start
     r_r_bias tells each head where to look, so it is not decayed here.
     """
-    decayed, not_decayed = [], []
+    matrices, decayed, not_decayed = [], [], []
     for name, parameter in model.named_parameters():
-        if "bias" in name or "layer_norm" in name:
+        if "bias" in name or "norm" in name.lower():
             not_decayed.append(parameter)
+        elif args.optimizer == "muon" and "emb" not in name:
+            matrices.append(parameter)
         else:
             decayed.append(parameter)
     groups = [
@@ -266,7 +271,10 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
     ]
     # `train` sets the learning rate of each update, and the found_inf of the fused form.
     fused = processes.fused_adamw_skips(next(model.parameters()).device)
-    return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=fused)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=fused)
+    groups.append({"params": matrices, "weight_decay": args.weight_decay, "muon": True})
+    return Muon(groups, eps=args.adam_epsilon, fused=fused)
 
 
 def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:

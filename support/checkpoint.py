@@ -422,11 +422,12 @@ def check(
     groups = []
     for group in optimizer.state_dict()["param_groups"]:
         groups.append({name: Value(group[name]) for name in ("params", "betas", "eps", "weight_decay")})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}
-    for number, parameter in enumerate(parameters):
-        of_parameter = Array(parameter.shape)
-        moments[number] = OrNone({"step": Array(()), "exp_avg": of_parameter, "exp_avg_sq": of_parameter})
+    for group in optimizer.param_groups:
+        names = ("exp_avg",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            entries = {"step": Array(())} | {name: Array(parameter.shape) for name in names}
+            moments[len(moments)] = OrNone(entries)
     gradients = [OrNone(Array(parameter.shape)) for parameter in model.parameters()]
     of_processes = []
     for found in state.processes:
@@ -435,7 +436,7 @@ def check(
                 "gradients": gradients,
                 "torch_rng": Array(torch.get_rng_state().shape, torch.uint8),
                 "device": str,
-                "device_rng": expected_rng(found, parameters[0].device),
+                "device_rng": expected_rng(found, next(model.parameters()).device),
             }
         )
     expected = {

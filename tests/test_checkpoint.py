@@ -115,6 +115,7 @@ def stop_after(k, *words):
         slow(18, 36, "--grad_accum_steps 4 --bi_data True"),
         (2, 30, "--rows 3"),  # the third row has no memory yet
         slow(25, 32, "--rows 4 --bi_data True"),
+        (7, 36, "--optimizer muon"),
         slow(9, 36, "--mem_len 0 --warmup_steps 5 --decay_method cos --eval_steps 4 --valid {text}/valid.txt"),
     ],
 )
