@@ -1,19 +1,26 @@
-"""What makes a small XLNet learn: named variants under one budget, judged on the same held-out targets.
+"""What makes a small XLNet learn: variants under one budget, judged on the same held-out targets.
 
     python benchmarks/corpus.py
-    python benchmarks/learning.py --updates 1200 --variants default "init normal" "mem_len 0" --seeds 0 1 2
-    python benchmarks/learning.py --minutes 10 --shape 256 --variants default transformers --seeds 0 1 2
+    python benchmarks/learning.py --updates 1200 --variants default init=normal "learning_rate=2e-3 bf16" --seeds 0 1 2
+    python benchmarks/learning.py --minutes 10 --shape 256 --variants default "transformers learning_rate=5e-4" bert
+    python benchmarks/learning.py --updates 1200 --variants my_variant.py:MyLoader "my_variant.py:MyXLNet mem_len=0"
     python benchmarks/learning.py --updates 1200 --seeds
 
-A variant differs from `python main.py` in its flags, its batches or its model. The budget is a number of updates, or
-minutes of training without judging. Each run appends its curve to the csv when it is over; runs that stand there are
-not made again. At the end the program prints a table and draws the curves; without seeds it does only that.
+A variant is what differs from `python main.py`:
+    flag=value, or flag for a switch: any flag of main.py, several in one pair of quotes
+    one of the names in VARIANTS below
+    FILE.py:CLASS: a Loader or an XLNet of your own, as in examples/variant.py
+    one of the last two, then flags
 
-Every variant is judged on the windows, orders and targets that --valid has at default flags, with dropout off. Two
-things come from transformers' example run_plm.py: its collator, which puts [MASK] in place of every target and knows
-neither memory nor segments, on shuffled chunks of the text; and the XLNetLMHeadModel trained with it, started and
-clipped as there. A model trained on these batches is judged without memory and segments, once on the real tokens and
-once with [MASK] in place of the targets; the lower loss counts.
+The budget is a number of updates, or minutes of training without judging. With minutes, --decay_method poly and cos
+need the number of updates beforehand: a throwaway run of the variant measures its speed, and the decay ends with the
+updates that fit into 97% of the minutes (see `steps_within`). The run stops after them, or when the minutes are over.
+Each run appends its curve to the csv when it is over; runs that stand there are not made again. At the end the program
+prints a table and draws the curves; without seeds it does only that.
+
+Every variant is judged on the windows, orders and targets that --valid has at default flags, with dropout off. VARIANTS
+says in which form: a model that was trained without segments sees none, for example. Where there are two forms, the
+lower loss counts. neighbours.py holds the models that are not ours.
 """
 
 import argparse
@@ -21,15 +28,16 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib.util
 import itertools
+import math
 import multiprocessing
+import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,16 +45,17 @@ from typing import Any, NamedTuple
 import joblib
 import numpy as np
 import torch
-import transformers
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, Peer, WindowsForBert, bert_tokenizer
+
 import data_utils
 import main
 from data_utils import Loader, Row
-from support import corpus
+from support import UserError, flags, mistakes_in_one_line
 from xlnet import XLNet
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -59,6 +68,10 @@ COLUMNS = (
 # 1: one random generator for all windows, one after the other; 2: each window has its own, as in data_utils.Loader
 TARGETS = "2"
 POINTS = 10  # of a curve
+NO_END = 10**9  # updates: a run that its minutes end
+CALIBRATION = 0.05  # share of the minutes that may pass while the speed is measured
+LEAST_TIMED = 8  # steps
+FITS = 0.97  # share of the minutes that planned updates should take
 
 # ---------------------------------------------------------------- variants of the batches
 
@@ -82,135 +95,17 @@ class OneSegment(Loader):
         return example
 
 
-class Collated(Loader):
-    """What transformers' collator makes of shuffled chunks of the text, one a batch, for our model.
+class ShuffledWindows(Loader):
+    """The windows of a pass in random order: the memory that a window sees is of other text."""
 
-    A pass takes every chunk once, in a new order each time.
-    """
-
-    def __init__(self, text: corpus.Text, vocab: corpus.Vocabulary, **settings: Any):
-        super().__init__(text, vocab, **settings)
-        self.pass_len = len(text.ids) // self.seq_len
-        self.chunks = text.ids[: self.pass_len * self.seq_len].reshape(-1, self.seq_len)
-        self.collate = transformers.DataCollatorForPermutationLanguageModeling(bert_tokenizer())
-
-    def collated(self, step: int) -> dict[str, Tensor]:
-        """Return the collator's batch of a step, under its own names."""
+    def batch(self, step: int) -> dict[str, Tensor]:
         epoch, index = divmod(step, self.pass_len)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.pass_len)
-        chunk = torch.from_numpy(self.chunks[order[index]].astype(np.int64))
-        # The collator draws from torch's global generator. Nothing else does while dropout is off.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.default_rng([self.seed, step]).integers(2**63)))
-            return self.collate([{"input_ids": chunk}])
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        collated = self.collated(step)
-        is_target = collated["labels"] != -100
-        positions = is_target[0].nonzero()  # [n_target, 1]
-        return {
-            "inp_k": collated["input_ids"].t(),
-            "inp_q": is_target.t().float(),
-            "perm_mask": collated["perm_mask"].permute(1, 2, 0),
-            "target_mapping": positions,
-            "target": collated["labels"].t()[positions[:, 0]],
-            "target_mask": torch.ones(len(positions), 1),
-        }
+        return super().batch(epoch * self.pass_len + int(order[index]))
 
 
-class CollatedForPeer(Collated):
-    """The same batches as transformers' model takes them in run_plm.py: every position has a slot in the query stream.
-
-    target_mapping: [seq_len, seq_len, 1], the collator's own; target_mask: [seq_len, 1], 1 = target
-    """
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        collated = self.collated(step)
-        labels = collated["labels"].t()
-        return {
-            "inp_k": collated["input_ids"].t(),
-            "perm_mask": collated["perm_mask"].permute(1, 2, 0),
-            "target_mapping": collated["target_mapping"].permute(1, 2, 0),
-            "target": labels.clamp(min=0),
-            "target_mask": (labels != -100).float(),
-        }
-
-
-@functools.cache
-def bert_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    """Return transformers' tokenizer with the vocabulary of default flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        corpus.load_tokenizer("bert-base-uncased").save(folder)
-        return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-# ---------------------------------------------------------------- variants of the model
-
-
-class Peer(nn.Module):
-    """transformers' XLNetLMHeadModel, started as XLNetConfig has it, with the signature of our model.
-
-    It takes the batches of CollatedForPeer and keeps no memory, as in run_plm.py.
-    """
-
-    def __init__(
-        self,
-        n_token: int,
-        n_layer: int,
-        n_head: int,
-        d_model: int,
-        d_inner: int,
-        ff_activation: str,
-        dropout: float,
-        **others: Any,  # of our model; XLNetConfig keeps its defaults
-    ):
-        super().__init__()
-        config = transformers.XLNetConfig(
-            vocab_size=n_token,
-            n_layer=n_layer,
-            n_head=n_head,
-            d_model=d_model,
-            d_inner=d_inner,
-            ff_activation=ff_activation,
-            dropout=dropout,
-        )
-        self.peer = transformers.XLNetLMHeadModel(config)
-
-    def forward(
-        self, inp_k: Tensor, perm_mask: Tensor, target_mapping: Tensor, mems: list[None] | None = None
-    ) -> tuple[Tensor, list[None]]:
-        """Return the logits of all positions, [len, bsz, n_token], and the memory of no layer; see XLNet.forward.
-
-        target_mapping: [num_predict, len, bsz], one-hot along len
-        """
-        output = self.peer(
-            input_ids=inp_k.t(),
-            perm_mask=perm_mask.permute(2, 0, 1),
-            target_mapping=target_mapping.permute(2, 0, 1),
-            use_mems=False,
-        )
-        return output.logits.transpose(0, 1), [None] * self.peer.config.n_layer
-
-
-def our_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of an XLNet or a Peer under our names."""
-    return {name.removeprefix("peer.").removeprefix("transformer."): w for name, w in model.state_dict().items()}
-
-
-# ---------------------------------------------------------------- judging
-
-
-class WithoutSegments(Loader):
-    """The batches of default flags without segment ids."""
-
-    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        example = super().example(row, window, rng)
-        del example["seg_id"]
-        return example
-
-
-class MaskedTargets(WithoutSegments):
-    """The same with [MASK] in place of the targets."""
+class MaskedTargets(Loader):
+    """The same windows with [MASK] in place of the targets in the content stream: no target sees another one."""
 
     def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = super().example(row, window, rng)
@@ -218,72 +113,178 @@ class MaskedTargets(WithoutSegments):
         return example
 
 
-class Judge:
-    """Judges weights in a model of ours, which reads forwards, on held-out windows of default flags.
+class WithoutSegments(Loader):
+    """The same windows without segment ids."""
 
-    Training notices nothing of it. Weights that a Peer has learnt give the same numbers in our model, and sooner.
+    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = super().example(row, window, rng)
+        del example["seg_id"]
+        return example
+
+
+class MaskedTargetsWithoutSegments(MaskedTargets, WithoutSegments):
+    """The same windows with both changes."""
+
+
+# ---------------------------------------------------------------- judging
+
+# A model is judged on windows of default flags, whatever its own were. It reads them forwards.
+FLAGS_OF_JUDGE = "--bi_data False --seq_len 512 --reuse_len 256 --perm_size 256 --num_predict 85".split()
+
+
+class Judge:
+    """Judges weights on held-out windows of default flags, in a model of its own. Training notices nothing of it.
 
     argv: the flags of the run to judge; path: the held-out text
     loader_classes: how the windows look; the lowest loss of them counts
+    model_class: of the judge's model, which takes these windows; XLNet also takes the weights of a Peer
     Makes runs and so sets torch's generator: make the judge before the run.
     """
 
-    def __init__(self, argv: list[str], path: str, loader_classes: Sequence[type[Loader]]):
-        self.run = main.prepare([*argv, "--bi_data", "False"])
+    def __init__(
+        self, argv: list[str], path: str, loader_classes: Sequence[type[Loader]], model_class: type[nn.Module] = XLNet
+    ):
+        self.run = main.prepare([*argv, *FLAGS_OF_JUDGE], model_class=model_class)
         self.loaders = []
         for loader_class in loader_classes:
             self.loaders.append(main.prepare(["--valid", path], loader_class).valid_loader)
 
     def held_out_loss(self, trained: nn.Module) -> float:
-        """Return the loss of an XLNet or a Peer, in nats per target."""
-        self.run.model.load_state_dict(our_weights(trained))
+        """Return the loss of a model, in nats per target."""
+        weights = trained.our_weights() if isinstance(trained, Peer) else trained.state_dict()
+        self.run.model.load_state_dict(weights)
         return min(
             main.evaluate(self.run.model, loader, self.run.device, self.run.args.bf16) for loader in self.loaders
         )
+
+
+def five_gram_loss(model: FiveGram, loader: Loader) -> float:
+    """Return the loss of a model that reads from left to right, on one pass over a loader's targets, in nats a target.
+
+    A target's context is the four tokens before it in its window; at the window's beginning, the text before.
+    """
+    losses = []
+    before: list[np.ndarray | None] = [None] * len(loader.turns)  # [4, bsz], the tokens before the next window
+    for step in range(loader.pass_len):
+        batch = {name: tensor.numpy() for name, tensor in loader.batch(step).items()}
+        turn, window = loader.turn(step), batch["inp_k"]
+        ids = window if before[turn] is None else np.concatenate([before[turn], window])
+        before[turn] = window[: loader.reuse_len][-4:]
+        for i in range(window.shape[1]):
+            log_probs = model.log_probs(ids[:, i])[-loader.seq_len :]
+            is_filled = batch["target_mask"][:, i] > 0
+            losses.append(-log_probs[batch["target_mapping"][is_filled, i]])
+    return float(np.concatenate(losses).mean())
 
 
 # ---------------------------------------------------------------- the variants
 
 
 class Variant(NamedTuple):
-    """How a run differs from `python main.py`."""
+    """How a run differs from `python main.py`, and how it is judged."""
 
-    flags: str = ""
+    flags: str = ""  # of main.py
     loader_class: type[Loader] = Loader
     model_class: type[nn.Module] = XLNet
     judged_on: tuple[type[Loader], ...] = (Loader,)
+    judged_in: type[nn.Module] = XLNet
 
 
-CHUNKS = "--mem_len 0 --rows 1"  # in their own order, and without a past
-PEER = f"{CHUNKS} --init normal --clip 1.0"  # as run_plm.py has it
-LIKE_THE_COLLATOR = (WithoutSegments, MaskedTargets)
+CHUNKS = "--mem_len 0 --rows 1"  # no memory, and one chunk a batch
+LIKE_THE_COLLATOR = (WithoutSegments, MaskedTargetsWithoutSegments)
+FIVE_GRAM = "five-gram"  # is counted, not trained: it has neither seed nor curve
 VARIANTS = {
     "default": Variant(),
-    "init normal": Variant("--init normal"),
-    "init_std 0.04": Variant("--init_std 0.04"),
-    "init_std 0.2": Variant("--init_std 0.2"),
-    "warmup_steps 200": Variant("--warmup_steps 200"),
-    "decay_method cos": Variant("--decay_method cos"),
-    "clip 1": Variant("--clip 1"),
-    "dropout 0.1": Variant("--dropout 0.1 --dropatt 0.1"),
-    "bi_data": Variant("--bi_data True"),
-    "batch_size 2": Variant("--batch_size 2"),
-    "mem_len 0": Variant("--mem_len 0"),
+    # one change each
+    "mem_len=0": Variant("--mem_len 0"),
     "one segment": Variant("", OneSegment, judged_on=(WithoutSegments,)),
-    "num_predict 42": Variant("--num_predict 42"),
-    "num_predict 128": Variant("--num_predict 128"),
-    "rows 1": Variant("--rows 1"),
-    "rows 4": Variant("--rows 4"),
-    "rows 16": Variant("--rows 16"),
-    "rows 64": Variant("--rows 64"),
+    "shuffled windows": Variant("", ShuffledWindows, judged_on=(Loader, ShuffledWindows)),
+    "[MASK] in the content stream": Variant("", MaskedTargets, judged_on=(Loader, MaskedTargets)),
+    # all of these together, in our model
     "collator": Variant(CHUNKS, Collated, judged_on=LIKE_THE_COLLATOR),
-    "transformers": Variant(PEER, CollatedForPeer, Peer, LIKE_THE_COLLATOR),
+    # neighbours; start and clipping as in run_plm.py and run_mlm.py
+    "transformers": Variant(f"{CHUNKS} --clip 1.0", CollatedForPeer, Peer, LIKE_THE_COLLATOR),
+    "bert": Variant(f"{CHUNKS} --clip 1.0", CollatedForBert, Bert, (WindowsForBert,), Bert),
+    FIVE_GRAM: Variant(),
 }
-for rate in ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"):
-    VARIANTS[f"learning_rate {rate}"] = Variant(f"--learning_rate {rate}")
-    VARIANTS[f"transformers {rate}"] = Variant(
-        f"{PEER} --learning_rate {rate}", CollatedForPeer, Peer, LIKE_THE_COLLATOR
-    )
+# The benchmark sets these for all variants, or the held-out losses of two values would not compare.
+NOT_A_VARIANT = {
+    "data", "valid", "tokenizer", "cache_dir", "seed", "num_step", "train_steps", "output_dir", "save_steps",
+    "save_total_limit", "resume", "init_checkpoint", "eval_steps", "eval_only", "log_steps", "tensorboard",
+}  # fmt: skip
+OWN_CLASS = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(@\w+)?(?= |$)")
+
+
+def find_variant(words: str) -> Variant:
+    """Return the variant that words of the command line mean.
+
+    words: a name or FILE.py:CLASS, flags, or one of the former and then flags
+    Raises UserError if they mean none.
+    """
+    beginning = ""
+    variant = Variant()
+    if own := OWN_CLASS.match(words):
+        beginning = own[0]
+        variant = variant_of_class(Path(own["path"]), own["name"])
+    elif names := [name for name in VARIANTS if f"{words} ".startswith(f"{name} ")]:
+        beginning = max(names, key=len)
+        variant = VARIANTS[beginning]
+    given = words.removeprefix(beginning).split()
+    if given and beginning == FIVE_GRAM:
+        raise UserError(f"--variants {words!r}: counts take no flags; give {FIVE_GRAM!r}")
+    for flag in given:
+        check_flag(flag.partition("=")[0], words)
+    return variant._replace(flags=" ".join([variant.flags, *(f"--{flag}" for flag in given)]).strip())
+
+
+def check_flag(name: str, words: str) -> None:
+    """Raise UserError if main.py has no flag of that name, or a variant must not have it; words: the whole variant."""
+    if name in NOT_A_VARIANT:
+        raise UserError(f"--variants {words!r}: {name} is the same for all variants; leave it out")
+    if name not in vars(flags.parse([])):
+        raise UserError(
+            f"--variants {words!r}: {name!r} is no flag of main.py; give flag=value, FILE.py:CLASS, or one of "
+            f"{', '.join(VARIANTS)}"
+        )
+
+
+def variant_of_class(path: Path, name: str) -> Variant:
+    """Return the variant that a class in a Python file makes: a Loader, or an XLNet, which is judged in itself."""
+    given = f"--variants {path}:{name}"
+    if not path.is_file():
+        raise UserError(f"{given}: there is no file {path}; give FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location(f"variant_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Loader):
+        return Variant(loader_class=found)
+    if isinstance(found, type) and issubclass(found, XLNet):
+        return Variant(model_class=found, judged_in=found)
+    raise UserError(f"{given} is no class; give one derived from data_utils.Loader or xlnet.XLNet")
+
+
+def name_in_csv(words: str) -> str:
+    """Return the name of a variant in csv and table: its words, and for a class of one's own a digest of its file.
+
+    So a curve of an older version of the file is not taken for one of the new version.
+    """
+    words = " ".join(words.split())
+    own = OWN_CLASS.match(words)
+    if own is None or not Path(own["path"]).is_file():
+        return words
+    digest = hashlib.sha256(Path(own["path"]).read_bytes()).hexdigest()[:8]
+    return f"{own['path']}:{own['name']}@{digest}{words[own.end() :]}"
+
+
+def check_variant(words: str, options: argparse.Namespace) -> None:
+    """Raise UserError if words mean no variant, or its flags do not go together."""
+    variant = find_variant(words)
+    try:
+        main.read_flags([*common_flags(options, "0"), *variant.flags.split()])
+    except UserError as error:
+        raise UserError(f"--variants {words!r}: {error}") from None
 
 
 def prepare(variant: Variant, argv: list[str], valid: str) -> tuple[main.Run, Judge]:
@@ -292,7 +293,7 @@ def prepare(variant: Variant, argv: list[str], valid: str) -> tuple[main.Run, Ju
     argv: flags of all variants; valid: the held-out text
     """
     argv = [*argv, *variant.flags.split()]
-    judge = Judge(argv, valid, variant.judged_on)
+    judge = Judge(argv, valid, variant.judged_on, variant.judged_in)
     return main.prepare(argv, variant.loader_class, variant.model_class), judge
 
 
@@ -303,20 +304,49 @@ class Task(NamedTuple):
     """One run of the benchmark."""
 
     options: argparse.Namespace
-    variant: str
-    seed: int
+    variant: str  # as name_in_csv has it
+    seed: str  # "" for counts, which have none
+
+
+def common_flags(options: argparse.Namespace, seed: str) -> list[str]:
+    """Return the flags that all variants of a benchmark share, but for the number of updates."""
+    return ["--data", options.data, "--seed", seed, *SHAPES[options.shape].split()]
+
+
+def count_five_grams(task: Task) -> list[dict[str, str]]:
+    """Count the five-grams of the text; return their only row for the csv."""
+    options = task.options
+    run = main.prepare(["--data", options.data, "--valid", options.valid])
+    begin = time.perf_counter()
+    model = FiveGram(run.text.ids, run.vocab.size)
+    seconds = time.perf_counter() - begin
+    loss = five_gram_loss(model, run.valid_loader)
+    with PROGRESS:
+        PROGRESS.value += POINTS
+    return [row_of(task, updates="0", seconds=f"{seconds:.1f}", held_out_loss=f"{loss:.4f}", machine="1 threads")]
 
 
 def train(task: Task) -> list[dict[str, str]]:
-    """Train one variant with one seed; return the rows of its curve."""
-    options = task.options
-    argv = ["--data", options.data, "--seed", str(task.seed), "--train_steps", str(options.updates or 10**9)]
-    argv += SHAPES[options.shape].split()
-    if options.bf16:
-        argv.append("--bf16")
-    run, judge = prepare(VARIANTS[task.variant], argv, options.valid)
-    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    """Train one variant with one seed, or count; return the rows of the curve, and save the weights if asked to."""
+    if task.variant == FIVE_GRAM:
+        return count_five_grams(task)
+    options, variant = task.options, find_variant(task.variant)
+    argv = [*common_flags(options, task.seed), "--train_steps"]
+    limit = 60 * options.minutes if options.minutes else math.inf  # seconds
+    updates = options.updates or planned_updates(variant, argv, limit)
+    run, judge = prepare(variant, [*argv, str(updates)], options.valid)
+    curve = train_and_judge(task, run, judge, limit)
+    if options.save:
+        save_weights(run, weights_folder(options.save, task))
+    return curve
 
+
+def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> list[dict[str, str]]:
+    """Train to the end of a run, or for `limit` seconds; return the rows of the curve, POINTS of them if steps suffice.
+
+    The seconds are those of training: judging is not counted.
+    """
+    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     curve: list[dict[str, str]] = []
     losses: list[float] = []  # of the steps since the last point
     seconds = done = 0.0  # done: share of the budget
@@ -326,27 +356,92 @@ def train(task: Task) -> list[dict[str, str]]:
             metrics = next(steps)
             losses.append(float(metrics["loss"]))
             seconds += time.perf_counter() - begin
-            done = metrics["step"] / options.updates if options.updates else seconds / (60 * options.minutes)
+            done = max(metrics["step"] / run.last_step, seconds / limit)
             if done * POINTS >= len(curve) + 1:
-                point = {
-                    "text": text_of(options),
-                    "shape": options.shape,
-                    "budget": budget(options),
-                    "targets": TARGETS,
-                    "variant": task.variant,
-                    "seed": str(task.seed),
-                    "updates": str(metrics["step"]),
-                    "seconds": f"{seconds:.1f}",
-                    "training_loss": f"{statistics.fmean(losses):.4f}",
-                    "held_out_loss": f"{judge.held_out_loss(run.model):.4f}",
-                    "machine": machine,
-                    "commit": commit(),
-                }
+                point = row_of(
+                    task,
+                    updates=str(metrics["step"] // run.args.grad_accum_steps),
+                    seconds=f"{seconds:.1f}",
+                    training_loss=f"{statistics.fmean(losses):.4f}",
+                    held_out_loss=f"{judge.held_out_loss(run.model):.4f}",
+                    machine=machine,
+                )
                 curve.append(point)
                 losses.clear()
                 with PROGRESS:
                     PROGRESS.value += 1
+    if run.args.decay_method != "constant" and metrics["step"] < run.last_step:
+        tell(
+            f"{task.variant}, seed {task.seed}: the minutes were over at step {metrics['step']} of {run.last_step}, "
+            f"before the learning rate had decayed"
+        )
     return curve
+
+
+def planned_updates(variant: Variant, argv: list[str], seconds: float) -> int:
+    """Return the updates of a run with a budget of time: what fits, if its learning rate decays, else without end."""
+    argv = [*argv, str(NO_END), *variant.flags.split()]
+    if main.read_flags(argv)[0].decay_method == "constant":
+        return NO_END
+    return steps_within(lambda: main.prepare(argv, variant.loader_class, variant.model_class), seconds)
+
+
+def steps_within(make_run: Callable[[], main.Run], seconds: float) -> int:
+    """Return how many updates of a run fit into 97% of some seconds, by the speed of a throwaway run.
+
+    That run takes 5% of the seconds, or longer if LEAST_TIMED steps are not timed by then. The timing begins when the
+    memory of each row is full, as steps with less memory are faster.
+
+    make_run: makes the throwaway run, with far more updates than fit; each call must make a new run
+    """
+    run = make_run()
+    steps_until_full = len(run.loader.turns) * math.ceil(run.args.mem_len / run.args.reuse_len)
+    untimed = max(LEAST_TIMED, min(steps_until_full, run.loader.pass_len))
+    durations: list[float] = []
+    begin = last = time.perf_counter()
+    with contextlib.closing(main.train(run, main.make_reporter(run, silent=True))) as steps:
+        for metrics in steps:
+            float(metrics["loss"])  # waits for a GPU
+            now = time.perf_counter()
+            if metrics["step"] > untimed:
+                durations.append(now - last)
+            last = now
+            if len(durations) >= LEAST_TIMED and now - begin >= CALIBRATION * seconds:
+                break
+    fitting = FITS * seconds / statistics.fmean(durations)
+    return max(1, int(fitting) // run.args.grad_accum_steps)
+
+
+def slug(words: str) -> str:
+    """Return words as the name of a file: "[MASK] in the content stream" is MASK-in-the-content-stream."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-")
+
+
+def weights_folder(save: Path, task: Task) -> Path:
+    """Return where the weights of a task go."""
+    return save / f"{slug(task.variant)}-{task.seed}"
+
+
+def save_weights(run: main.Run, folder: Path) -> None:
+    """Write the model and its vocabulary as a checkpoint has them, without the state of the training."""
+    folder.mkdir(parents=True)
+    config = run.vocab.hugging_face_config() | {name: vars(run.args)[name] for name in main.LENGTHS}
+    run.model.save_pretrained(folder, **config)
+    run.tokenizer.save(folder)
+
+
+def row_of(task: Task, **measured: str) -> dict[str, str]:
+    """Return a row of the csv; what was not measured is empty."""
+    named = {
+        "text": text_of(task.options),
+        "shape": task.options.shape,
+        "budget": budget(task.options),
+        "targets": TARGETS,
+        "variant": task.variant,
+        "seed": task.seed,
+        "commit": commit(),
+    }
+    return dict.fromkeys(COLUMNS, "") | named | measured
 
 
 def text_of(options: argparse.Namespace) -> str:
@@ -375,45 +470,59 @@ def start_worker(progress: Any, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def threads_of_worker(jobs: int) -> int:
+    """Return the threads of each of some runs at once: of OMP_NUM_THREADS, or of the cores that this process may use.
+
+    PyTorch heeds the variable; joblib knows the limits of a container.
+    """
+    return max(1, min(torch.get_num_threads(), joblib.cpu_count()) // jobs)
+
+
 def make_runs(options: argparse.Namespace, tasks: list[Task]) -> None:
-    """Make the runs, options.jobs at a time, and append each to the csv when it is over."""
+    """Make the runs, options.jobs at a time, and append each to the csv when it is over.
+
+    A run that its flags or its loss end has a line on stderr instead.
+    """
     context = multiprocessing.get_context("spawn")
     progress = context.Value("i", 0)
-    threads = max(1, joblib.cpu_count() // options.jobs)
     with (
-        ProcessPoolExecutor(options.jobs, context, start_worker, (progress, threads)) as pool,
+        ProcessPoolExecutor(options.jobs, context, start_worker, (progress, threads_of_worker(options.jobs))) as pool,
         tqdm(total=len(tasks) * POINTS, unit="point", disable=None) as bar,
     ):
-        waiting = {pool.submit(train, task) for task in tasks}
+        task_of = {pool.submit(train, task): task for task in tasks}
+        waiting = set(task_of)
         while waiting:
             over, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
             bar.update(progress.value - bar.n)
             for future in over:
-                append(options.csv, future.result())
+                try:
+                    append(options.csv, future.result())
+                except (UserError, main.NotFinite) as error:
+                    tell(f"{task_of[future].variant}, seed {task_of[future].seed}: {error}")
 
 
 # ---------------------------------------------------------------- the csv, the table, the picture
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of the csv, none if it does not exist; raise ValueError if it has other columns."""
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    """Return the rows of a csv, none if it does not exist; raise UserError if it has other columns."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} has not the columns {','.join(COLUMNS)}; give another file")
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(f"--csv {path} has not the columns {','.join(columns)}; give another file")
         return list(reader)
 
 
-def append(path: Path, curve: list[dict[str, str]]) -> None:
-    """Append a whole curve in one write."""
+def append(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
+    """Append rows to a csv, a whole curve in one write."""
     is_new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
-        writer.writerows(curve)
+        writer.writerows(rows)
 
 
 def find_curves(options: argparse.Namespace) -> dict[str, list[list[dict[str, str]]]]:
@@ -435,12 +544,12 @@ def find_curves(options: argparse.Namespace) -> dict[str, list[list[dict[str, st
         else:
             left_out += 1
     if left_out:
-        print(f"learning.py: left out {left_out} curves that were judged on other targets", file=sys.stderr)
+        tell(f"left out {left_out} curves that were judged on other targets")
     return {name: found for name, found in curves.items() if found}
 
 
 def print_table(curves: dict[str, list[list[dict[str, str]]]]) -> None:
-    """Print a line for each variant: its last point, mean and spread over the seeds."""
+    """Print a line for each variant: its last point, mean and spread over the seeds. Counts have no training loss."""
     print(
         "| variant | seeds | updates | held out, mean | standard deviation | to the first variant | training |\n"
         "|---|---|---|---|---|---|---|"
@@ -452,19 +561,24 @@ def print_table(curves: dict[str, list[list[dict[str, str]]]]) -> None:
         first = mean if first is None else first
         spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
         updates = statistics.fmean(int(run[-1]["updates"]) for run in runs)
-        training = statistics.fmean(float(run[-1]["training_loss"]) for run in runs)
-        print(
-            f"| {name} | {len(runs)} | {updates:,.0f} | {mean:.3f} | {spread} | {mean - first:+.3f} | {training:.3f} |"
-        )
+        training = ""
+        if name != FIVE_GRAM:
+            training = f"{statistics.fmean(float(run[-1]['training_loss']) for run in runs):.3f}"
+        print(f"| {name} | {len(runs)} | {updates:,.0f} | {mean:.3f} | {spread} | {mean - first:+.3f} | {training} |")
 
 
 def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]]]]) -> None:
-    """Draw the mean curve of every variant, training and held out, in a band from the lowest to the highest seed."""
+    """Draw the mean curve of every variant, training and held out, in a band from the lowest to the highest seed.
+
+    Counts are a line across the held-out losses.
+    """
     unit, scale, label = ("updates", 1, "updates") if options.updates else ("seconds", 60, "minutes of training")
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     both = figure.subplots(1, 2, sharey=True)
     for axes, column, title in zip(both, ("training_loss", "held_out_loss"), ("training", "held out"), strict=True):
         for name, runs in curves.items():
+            if name == FIVE_GRAM:
+                continue
             losses = np.array([[float(row[column]) for row in run] for run in runs])  # [seeds, POINTS]
             at = np.mean([[float(row[unit]) / scale for row in run] for run in runs], axis=0)
             [line] = axes.plot(at, losses.mean(axis=0), label=name)
@@ -472,6 +586,8 @@ def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel=label)
         axes.grid(alpha=0.3)
+    for [row] in curves.get(FIVE_GRAM, []):
+        both[1].axhline(float(row["held_out_loss"]), color="black", linestyle="--", label=FIVE_GRAM)
     both[0].set_ylabel("loss, nats per predicted token")
     if curves:
         both[1].legend(fontsize="small")
@@ -481,48 +597,94 @@ def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]
 # ---------------------------------------------------------------- the command
 
 
-def benchmark(argv: Sequence[str] | None = None) -> None:
-    """Read the flags, make the runs that the csv lacks, and show what it then holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def tell(line: str) -> None:
+    print(f"learning.py: {line}", file=sys.stderr)
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags, variants by their names in the csv; raise UserError for a mistake in any."""
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--updates", type=int, help="budget of a run")
-    size.add_argument("--minutes", type=float, help="budget of a run, instead")
+    size.add_argument("--updates", type=flags.number(int, 1, NO_END), metavar="N", help="budget of a run")
+    size.add_argument("--minutes", type=flags.number(float, 0.001, 1e6), metavar="N", help="budget of a run, instead")
     parser.add_argument("--data", default="corpus/train.txt", help="(default: %(default)s)")
     parser.add_argument("--valid", default="corpus/valid.txt", help="held-out text (default: %(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="32", help="width of the model (default: 32)")
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=VARIANTS,
-        metavar="NAME",
+        metavar="VARIANT",
         default=list(VARIANTS),
-        help=f"(default: all) {', '.join(VARIANTS)}",
+        help=f"see above (default: all that have a name: {', '.join(VARIANTS)})",
     )
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="(default: 0)")
-    parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--jobs",
+        type=flags.number(int, 1, 1000),
+        metavar="N",
+        default=1,
+        help="runs at once, which share the threads, those of OMP_NUM_THREADS or all (default: 1)",
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="folder for the final weights of each run that is made"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS / "learning.csv", help="(default: %(default)s)")
     parser.add_argument("--png", type=Path, default=RESULTS / "learning.png", help="(default: %(default)s)")
     options = parser.parse_args(argv)
-    for path in (options.data, options.valid):
+    for flag, path in ("data", options.data), ("valid", options.valid):
         if not Path(path).exists():
-            parser.error(f"{path} does not exist; run python benchmarks/corpus.py, or give --data and --valid")
-    try:
-        rows = read(options.csv)
-    except ValueError as error:
-        parser.error(f"--csv {error}")
+            raise UserError(f"--{flag} {path} does not exist; run python benchmarks/corpus.py, or give another text")
+    options.seeds = list(dict.fromkeys(options.seeds))
+    options.variants = list(dict.fromkeys(name_in_csv(words) for words in options.variants))
+    for words in options.variants:
+        check_variant(words, options)
+    return options
 
+
+def plan(options: argparse.Namespace) -> list[Task]:
+    """Return the runs that the csv lacks; tell which they are, and of which commit the others."""
     key = ("text", "shape", "budget", "targets", "variant", "seed")
-    made = {tuple(row[name] for name in key): row["commit"] for row in rows}
-    tasks, commits = [], []
-    for seed, name in itertools.product(options.seeds, options.variants):
-        run = (text_of(options), options.shape, budget(options), TARGETS, name, str(seed))
-        if run in made:
-            commits.append(made[run] or "not named")
+    commit_of = {tuple(row[name] for name in key): row["commit"] or "not named" for row in read(options.csv)}
+    missing: list[Task] = []
+    found: dict[str, list[Task]] = {}  # the runs of each commit
+    for seed, variant in itertools.product(options.seeds, options.variants):
+        if variant == FIVE_GRAM and seed != options.seeds[0]:
+            continue
+        task = Task(options, variant, "" if variant == FIVE_GRAM else str(seed))
+        run = (text_of(options), options.shape, budget(options), TARGETS, task.variant, task.seed)
+        if run in commit_of:
+            found.setdefault(commit_of[run], []).append(task)
         else:
-            tasks.append(Task(options, name, seed))
-    for name, count in Counter(commits).items():
-        print(f"learning.py: {count} curves are in {options.csv} already, of commit {name}", file=sys.stderr)
+            missing.append(task)
+    for name, of_commit in found.items():
+        tell(f"{len(of_commit)} curves are in {options.csv} already, of commit {name}: {list_runs(of_commit)}")
+    if missing:
+        tell(f"{len(missing)} runs to make: {list_runs(missing)}")
+    return missing
+
+
+def list_runs(tasks: Sequence[Task]) -> str:
+    """Return variants with their seeds, as in "default (0, 1), bi_data=True (0), five-gram"."""
+    seeds: dict[str, list[str]] = {}
+    for task in tasks:
+        seeds.setdefault(task.variant, []).append(task.seed)
+    return ", ".join(f"{variant} ({', '.join(numbers)})".removesuffix(" ()") for variant, numbers in seeds.items())
+
+
+def check_folders(tasks: Sequence[Task]) -> None:
+    """Raise UserError if the weights of a run would overwrite others."""
+    for task in tasks:
+        folder = weights_folder(task.options.save, task)
+        if folder.exists():
+            raise UserError(f"--save {task.options.save}: {folder} exists; give another folder")
+
+
+def benchmark(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, make the runs that the csv lacks, and show what it then holds."""
+    options = read_options(argv)
+    tasks = plan(options)
+    if options.save:
+        check_folders(tasks)
     make_runs(options, tasks)
     curves = find_curves(options)
     print_table(curves)
@@ -530,4 +692,5 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    benchmark()
+    with mistakes_in_one_line("learning.py"):
+        benchmark()
