@@ -48,7 +48,7 @@ class TrainingState:
     step: int  # number of steps made so far
     pass_loss: float  # sum of the losses of this pass
     memory: list[torch.Tensor | None]  # of each turn of rows: [n_layer, mlen, batch_size, d_model]; None before any
-    optimizer: dict[str, Any]  # AdamW's state_dict; the state of a parameter that was never updated is None
+    optimizer: dict[str, Any]  # the optimizer's state_dict; the state of a parameter that was never updated is None
     processes: list[dict[str, Any]]  # of each: gradients (of a half done accumulation), torch_rng, device, device_rng
     flags: dict[str, Any]  # of the command line, by name; paths are absolute
     text: str  # digest of the text
