@@ -14,10 +14,9 @@ import main
 from support import UserError
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
+import corpus
 import learning
 import record
-
-import corpus
 
 TINY = "--n_layer 1 --d_model 8 --n_head 2 --d_inner 8"
 SHORT = "--seq_len 64 --mem_len 48 --batch_size 2"
