@@ -257,6 +257,7 @@ MUST_STAY = {
     "adam_epsilon": ("0.5", 0.5),
     "warmup_steps": ("7", 7),
     "decay_method": ("cos", "cos"),
+    "optimizer": ("muon", "muon"),
     "min_lr_ratio": ("0.5", 0.5),
     "clip": ("0.5", 0.5),
     "grad_accum_steps": ("7", 7),

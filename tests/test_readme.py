@@ -93,7 +93,7 @@ def shortened(command):
     """Return a benchmark's command with few updates, the first two variants of a list, and the flags of SHORT."""
     command = re.sub(r"--updates \d+", "--updates 2", command)
     command = re.sub(r"--minutes \d+", "--minutes 0.01", command)
-    command = re.sub(r"(--variants default \"[^\"]+\").*?(?=--|$)", r"\1 ", command)
+    command = re.sub(r"(--variants default (?:\"[^\"]+\"|\S+)).*?(?=--|$)", r"\1 ", command)
     return f"{command} {SHORT[script(command)]}"
 
 
