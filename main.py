@@ -250,10 +250,9 @@ def get_lr(update: int, args: argparse.Namespace, total_updates: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """Return AdamW, or Muon with AdamW for what is no matrix, without weight decay on biases and LayerNorm.
+    """Return AdamW, or Muon for matrices and AdamW for the rest, without weight decay on biases and LayerNorm.
 
-    Embeddings are no matrices in this sense: a batch reaches only some of their rows.
-
+    Muon is for hidden layers: embeddings, of which the largest is also the head, stay with AdamW.
     Source: official AdamWeightDecayOptimizer, which does decay r_w_bias, r_r_bias and r_s_bias. With the local start
     r_r_bias tells each head where to look, so it is not decayed here.
     """

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, Peer, WindowsForBert, bert_tokenizer
+from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, MaskedTargets, Peer, WindowsForBert
 
 import data_utils
 import main
@@ -102,15 +102,6 @@ class ShuffledWindows(Loader):
         epoch, index = divmod(step, self.pass_len)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.pass_len)
         return super().batch(epoch * self.pass_len + int(order[index]))
-
-
-class MaskedTargets(Loader):
-    """The same windows with [MASK] in place of the targets in the content stream: no target sees another one."""
-
-    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        example = super().example(row, window, rng)
-        example["inp_k"] = np.where(example["inp_q"] > 0, bert_tokenizer().mask_token_id, example["inp_k"])
-        return example
 
 
 class WithoutSegments(Loader):
@@ -346,7 +337,6 @@ def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> li
 
     The seconds are those of training: judging is not counted.
     """
-    machine = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     curve: list[dict[str, str]] = []
     losses: list[float] = []  # of the steps since the last point
     seconds = done = 0.0  # done: share of the budget
@@ -364,7 +354,7 @@ def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> li
                     seconds=f"{seconds:.1f}",
                     training_loss=f"{statistics.fmean(losses):.4f}",
                     held_out_loss=f"{judge.held_out_loss(run.model):.4f}",
-                    machine=machine,
+                    machine=machine_of(run),
                 )
                 curve.append(point)
                 losses.clear()
@@ -458,6 +448,11 @@ def commit() -> str:
         return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def machine_of(run: main.Run) -> str:
+    """Return how the csv names what a run computes on."""
+    return torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
 def budget(options: argparse.Namespace) -> str:
@@ -631,9 +626,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, default=RESULTS / "learning.csv", help="(default: %(default)s)")
     parser.add_argument("--png", type=Path, default=RESULTS / "learning.png", help="(default: %(default)s)")
     options = parser.parse_args(argv)
-    for flag, path in ("data", options.data), ("valid", options.valid):
-        if not Path(path).exists():
-            raise UserError(f"--{flag} {path} does not exist; run python benchmarks/corpus.py, or give another text")
+    check_texts(data=options.data, valid=options.valid)
     options.seeds = list(dict.fromkeys(options.seeds))
     options.variants = list(dict.fromkeys(name_in_csv(words) for words in options.variants))
     for words in options.variants:
@@ -641,17 +634,25 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def check_texts(**paths: str) -> None:
+    """Raise UserError if a text does not exist; paths: by the names of their flags."""
+    for flag, path in paths.items():
+        if not Path(path).exists():
+            raise UserError(f"--{flag} {path} does not exist; run python benchmarks/corpus.py, or give another text")
+
+
 def plan(options: argparse.Namespace) -> list[Task]:
     """Return the runs that the csv lacks; tell which they are, and of which commit the others."""
     key = ("text", "shape", "budget", "targets", "variant", "seed")
     commit_of = {tuple(row[name] for name in key): row["commit"] or "not named" for row in read(options.csv)}
+    text = text_of(options)
     missing: list[Task] = []
     found: dict[str, list[Task]] = {}  # the runs of each commit
     for seed, variant in itertools.product(options.seeds, options.variants):
         if variant == FIVE_GRAM and seed != options.seeds[0]:
             continue
         task = Task(options, variant, "" if variant == FIVE_GRAM else str(seed))
-        run = (text_of(options), options.shape, budget(options), TARGETS, task.variant, task.seed)
+        run = (text, options.shape, budget(options), TARGETS, task.variant, task.seed)
         if run in commit_of:
             found.setdefault(commit_of[run], []).append(task)
         else:
@@ -671,12 +672,11 @@ def list_runs(tasks: Sequence[Task]) -> str:
     return ", ".join(f"{variant} ({', '.join(numbers)})".removesuffix(" ()") for variant, numbers in seeds.items())
 
 
-def check_folders(tasks: Sequence[Task]) -> None:
-    """Raise UserError if the weights of a run would overwrite others."""
-    for task in tasks:
-        folder = weights_folder(task.options.save, task)
+def check_folders(save: Path, folders: Sequence[Path]) -> None:
+    """Raise UserError if the weights of a run would overwrite others; save: the folder of --save."""
+    for folder in folders:
         if folder.exists():
-            raise UserError(f"--save {task.options.save}: {folder} exists; give another folder")
+            raise UserError(f"--save {save}: {folder} exists; give another folder")
 
 
 def benchmark(argv: Sequence[str] | None = None) -> None:
@@ -684,7 +684,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     tasks = plan(options)
     if options.save:
-        check_folders(tasks)
+        check_folders(options.save, [weights_folder(options.save, task) for task in tasks])
     make_runs(options, tasks)
     curves = find_curves(options)
     print_table(curves)

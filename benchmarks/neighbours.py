@@ -65,6 +65,19 @@ class Chunks(Loader):
             return self.collate([{"input_ids": chunk}])
 
 
+def targets_of(labels: Tensor) -> dict[str, Tensor]:
+    """Return the targets of a collator's only row under the names of our batches.
+
+    labels: [1, seq_len] int, -100 = no target
+    """
+    positions = (labels[0] != -100).nonzero()  # [n_target, 1]
+    return {
+        "target_mapping": positions,
+        "target": labels.t()[positions[:, 0]],
+        "target_mask": torch.ones(len(positions), 1),
+    }
+
+
 class Collated(Chunks):
     """The batches of run_plm.py for our model: [MASK] in place of every target, and an order as a mask."""
 
@@ -72,16 +85,11 @@ class Collated(Chunks):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         collated = self.collated(step)
-        is_target = collated["labels"] != -100
-        positions = is_target[0].nonzero()  # [n_target, 1]
         return {
             "inp_k": collated["input_ids"].t(),
-            "inp_q": is_target.t().float(),
+            "inp_q": (collated["labels"] != -100).t().float(),
             "perm_mask": collated["perm_mask"].permute(1, 2, 0),
-            "target_mapping": positions,
-            "target": collated["labels"].t()[positions[:, 0]],
-            "target_mask": torch.ones(len(positions), 1),
-        }
+        } | targets_of(collated["labels"])
 
 
 class CollatedForPeer(Collated):
@@ -109,22 +117,24 @@ class CollatedForBert(Chunks):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         collated = self.collated(step)
-        positions = (collated["labels"][0] != -100).nonzero()  # [n_target, 1]
-        return {
-            "inp_k": collated["input_ids"].t(),
-            "target_mapping": positions,
-            "target": collated["labels"].t()[positions[:, 0]],
-            "target_mask": torch.ones(len(positions), 1),
-        }
+        return {"inp_k": collated["input_ids"].t()} | targets_of(collated["labels"])
 
 
-class WindowsForBert(Loader):
-    """The windows of our model, [SEP] and [CLS] included, on which Bert is judged: every target is [MASK]."""
+class MaskedTargets(Loader):
+    """The windows of our model with [MASK] in place of the targets in the content stream: no target sees another."""
 
     def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = super().example(row, window, rng)
-        inp_k = np.where(example["inp_q"] > 0, bert_tokenizer().mask_token_id, example["inp_k"])
-        return {"inp_k": inp_k} | {name: example[name] for name in ("target_mapping", "target", "target_mask")}
+        example["inp_k"] = np.where(example["inp_q"] > 0, bert_tokenizer().mask_token_id, example["inp_k"])
+        return example
+
+
+class WindowsForBert(MaskedTargets):
+    """The windows on which Bert is judged, [SEP] and [CLS] included: what Bert takes of MaskedTargets."""
+
+    def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = super().example(row, window, rng)
+        return {name: example[name] for name in ("inp_k", "target_mapping", "target", "target_mask")}
 
 
 # ---------------------------------------------------------------- models of transformers

@@ -15,7 +15,7 @@ on corpus/test.txt, on which nothing is tuned.
 Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes, so that vocabularies
 compare; a vocabulary that does not know some of the text has it easier there, and the table says how much.
 
-Each run adds a line to the csv, and runs that stand there are not made again. Without seeds it prints the table only.
+Each judgement adds a line to the csv. Runs that stand there are not made again. Without seeds it prints the table only.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -101,30 +100,41 @@ def train(argv: Sequence[str], seconds: float) -> tuple[main.Run, int, float]:
     return run, metrics["step"] // run.args.grad_accum_steps, time.perf_counter() - begin
 
 
-def make_rows(
-    entry: str, flags_of_entry: str, minutes: float, seed: int, options: argparse.Namespace
-) -> list[dict[str, str]]:
-    """Train an entry and judge it on each text; return its rows of the csv."""
-    argv = ["--data", options.data, "--seed", str(seed), *flags_of_entry.split()]
-    run, n_updates, seconds = train(argv, 60 * minutes)
+class Attempt(NamedTuple):
+    """One run of an entry."""
+
+    entry: str  # its name, "" if it has none
+    flags: str
+    minutes: float
+    seed: int
+
+    def folder(self, save: Path) -> Path:
+        """Return where the weights go."""
+        return save / f"{learning.slug(self.entry or self.flags)}-{self.minutes:g}-{self.seed}"
+
+
+def make_rows(attempt: Attempt, text: str, options: argparse.Namespace) -> list[dict[str, str]]:
+    """Train an entry and judge it on each text; return its rows of the csv, in which `text` names the texts."""
+    argv = ["--data", options.data, "--seed", str(attempt.seed), *attempt.flags.split()]
+    run, n_updates, seconds = train(argv, 60 * attempt.minutes)
     if options.save:
-        learning.save_weights(run, options.save / f"{learning.slug(entry or flags_of_entry)}-{minutes:g}-{seed}")
+        learning.save_weights(run, attempt.folder(options.save))
     rows = []
     for path in options.judged_on:
         score = judge(run, path)
         row = {
-            "entry": entry,
-            "flags": flags_of_entry,
-            "minutes": f"{minutes:g}",
-            "seed": str(seed),
+            "entry": attempt.entry,
+            "flags": attempt.flags,
+            "minutes": f"{attempt.minutes:g}",
+            "seed": str(attempt.seed),
             "judged_on": Path(path).name,
             "loss": f"{score.loss:.4f}",
             "bits_per_byte": f"{score.bits_per_byte:.4f}",
             "unknown": f"{score.unknown:.5f}",
             "updates": str(n_updates),
             "seconds": f"{seconds:.1f}",
-            "text": learning.text_of(options),
-            "machine": f"{torch.get_num_threads()} threads",
+            "text": text,
+            "machine": learning.machine_of(run),
             "commit": learning.commit(),
             "date": str(datetime.date.today()),
         }
@@ -177,10 +187,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder for the weights of each run")
     parser.add_argument("--csv", type=Path, default=RESULTS / "record.csv", help="(default: %(default)s)")
     options = parser.parse_args(argv)
-    for flag in ("data", "valid", "test"):
-        path = getattr(options, flag)
-        if not Path(path).exists():
-            raise UserError(f"--{flag} {path} does not exist; run python benchmarks/corpus.py, or give another text")
+    learning.check_texts(data=options.data, valid=options.valid, test=options.test)
     options.judged_on = [options.valid, options.test] if options.final else [options.valid]
     for words in options.entries:
         check_entry(words)
@@ -206,16 +213,21 @@ def find_entry(words: str) -> str:
 def benchmark(argv: Sequence[str] | None = None) -> None:
     """Make the runs that the csv lacks, and print its table."""
     options = read_options(argv)
+    text = learning.text_of(options)
     rows = learning.read(options.csv, COLUMNS)
     made = {tuple(row[name] for name in KEY) for row in rows}
+    missing = []
     for minutes, seed, words in itertools.product(options.minutes, options.seeds, options.entries):
-        entry_flags = find_entry(words)
-        key = (entry_flags, f"{minutes:g}", str(seed), Path(options.judged_on[-1]).name, learning.text_of(options))
-        if key not in made:
-            new = make_rows(words if words in ENTRIES else "", entry_flags, minutes, seed, options)
-            learning.append(options.csv, new, COLUMNS)
-            rows += new
-    print_table([row for row in rows if row["text"] == learning.text_of(options)])
+        attempt = Attempt(words if words in ENTRIES else "", find_entry(words), minutes, seed)
+        if (attempt.flags, f"{minutes:g}", str(seed), Path(options.judged_on[-1]).name, text) not in made:
+            missing.append(attempt)
+    if options.save:
+        learning.check_folders(options.save, [attempt.folder(options.save) for attempt in missing])
+    for attempt in missing:
+        new = make_rows(attempt, text, options)
+        learning.append(options.csv, new, COLUMNS)
+        rows += new
+    print_table([row for row in rows if row["text"] == text])
 
 
 if __name__ == "__main__":

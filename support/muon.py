@@ -45,7 +45,9 @@ class Muon(torch.optim.AdamW):
 
     def update_matrices(self, group: dict[str, Any]) -> None:
         """Update the members of a group, those of one shape together."""
-        found_inf = getattr(self, "found_inf", torch.zeros(()))
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            found_inf = torch.zeros((), device=group["params"][0].device)
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:

@@ -136,6 +136,14 @@ def test_a_wrong_entry_is_refused(here, entry, words):
     assert not Path("record.csv").exists()
 
 
+def test_weights_are_not_overwritten(here, monkeypatch):
+    """Told before anything trains: ten minutes would be lost."""
+    monkeypatch.setattr(record, "train", lambda *args: pytest.fail("it trains"))
+    Path("models", record.Attempt("", f"{TINY} {SHORT}", 0.02, 0).folder(Path()).name).mkdir(parents=True)
+    with pytest.raises(UserError, match="--save models: .* exists; give another folder"):
+        run_record("--save", "models")
+
+
 def test_named_entries_are_right():
     """Each can be run, and is worth a line of explanation."""
     for name, entry in record.ENTRIES.items():
