@@ -60,6 +60,11 @@ ENTRIES = {
         "--optimizer muon --decay_method poly --n_layer 4 --d_model 128 --d_inner 512 --num_predict 480 --mem_len 0",
         "Muon, nearly every token a target, a decay to zero; fewer layers and no memory make more updates",
     ),
+    "muon-192": Entry(
+        "--optimizer muon --decay_method poly --n_layer 4 --d_model 192 --d_inner 768 --num_predict 480 --mem_len 0 "
+        "--batch_size 2",
+        "for an hour: wider; two windows an update take less time than two updates",
+    ),
 }
 
 
