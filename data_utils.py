@@ -1,10 +1,10 @@
-"""The way of the data: rows of a text -> windows -> masked spans -> factorization orders -> batches.
+"""The data pipeline: rows of a text -> windows -> masked spans -> factorization orders -> batches.
 
     batchify        text            -> rows, half of them read backwards with bi_data, in turns of batch_size rows
     create_feature  row, window     -> input, seg_id, is_masked: tokens, segments, and which tokens to predict
     permute         feature         -> what the model takes: a fresh order as ranks, and the targets
     Loader          text, step      -> the batch of a step: one window of each row whose turn it is
-    prefetch        loader          -> the batches of successive steps, each made while the one before is in use
+    prefetch        loader          -> the batches of successive steps, each made while the previous one is in use
 
 `make_permute` writes the order out as a mask; `ranks_to_mask` says what ranks mean.
 
@@ -83,7 +83,7 @@ def n_windows(row_len: int, seq_len: int, reuse_len: int) -> int:
 
 
 def default_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int, reuse_len: int) -> int:
-    """Return batch_size for a page of text; for a longer text up to MAX_TURNS times that.
+    """Return the default n_rows: batch_size for a page of text, up to MAX_TURNS times as many for a longer text.
 
     Every row then has at least TURN_WINDOWS windows.
     """
@@ -96,9 +96,9 @@ def default_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int, re
 def evaluation_rows(n_tokens: int, batch_size: int, bi_data: bool, seq_len: int, reuse_len: int) -> tuple[int, int]:
     """Return how many rows a validation text is cut into, and how many of them are evaluated together.
 
-    The first depends on the text and the window alone, so that losses of different batch sizes compare: a power of two,
-    such that every row has at least TURN_WINDOWS windows. The second is the largest power of two that batch_size
-    allows; with bi_data both count each row twice.
+    The first number depends only on the text and the window, so that losses of different batch sizes are comparable. It
+    is a power of two such that every row has at least TURN_WINDOWS windows. The second number is the largest power of
+    two that batch_size allows. With bi_data both numbers count each row twice.
     """
     directions = 2 if bi_data else 1
     n_forward = power_of_two(default_rows(n_tokens, 1, False, seq_len, reuse_len))
@@ -365,7 +365,7 @@ def make_permute(
     """Do what `permute` does, with the order written out as a mask.
 
     rng: numpy Generator, or a seed for a new one
-    -> dict of tensors as of `permute`, but perm_mask instead of rank: [seq_len, seq_len] float32, 1 = position i must
+    -> dict of tensors as in `permute`, but perm_mask instead of rank: [seq_len, seq_len] float32, 1 = position i must
     not see position j
     """
     arrays = permute(feature, reuse_len, perm_size, num_predict, np.random.default_rng(rng))
@@ -386,8 +386,8 @@ class Loader:
         turn     0  1  0  1  0
         window   0  0  1  1  2
 
-    What a row gives at a step depends on the text, the seed, the row and the number of its visits before, and on
-    nothing else. So batches can be made in any order, and by any number of processes.
+    The example of a row at a step depends only on the text, the seed, the row and the number of its earlier visits. So
+    batches can be made in any order, and by any number of processes.
 
     text: its ids and sentence boundaries; vocab: the Vocabulary of the ids
     n_rows: a multiple of batch_size; both count forward and backward rows

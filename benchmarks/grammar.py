@@ -1,4 +1,4 @@
-"""The grammar that a checkpoint knows: minimal pairs of a right and a wrong sentence, in the manner of BLiMP.
+"""Test the grammar of a checkpoint with minimal pairs of a right and a wrong sentence, as BLiMP does.
 
     python benchmarks/corpus.py
     python main.py --data corpus/train.txt --output_dir out --train_steps 6000
@@ -6,22 +6,22 @@
     python benchmarks/grammar.py --pairs
 
 The two sentences of a pair differ in one word: "the laws of the state are clear", "the laws of the state is clear". A
-model passes if it gives the right word the higher probability; a tie counts half. Each paradigm, a rule of grammar,
-has 200 pairs made from templates, always the same. Chance is 50%. If pairs were independent, the standard error of one
-accuracy would be at most 3.5 points; pairs from one template share words, so it is larger.
+model passes if it gives the right word the higher probability; a tie counts half. Each paradigm tests one rule of
+grammar with 200 pairs made from templates; the pairs are always the same. Chance is 50%. If pairs were independent, the
+standard error of one accuracy would be at most 3.5 points; pairs from one template share words, so it is larger.
 
 The words are frequent: each occurs at least 50 times in the training text of corpus.py. Most paradigms consist of
-twins, two pairs in which the right and the wrong word change places. There a model that always prefers the same word
-scores 50%. The two paradigms of negation have no twins: such a model scores anything from 0 to 100%, but 50% if it
-prefers the more frequent word. So the mean leaves them out.
+twins, two pairs in which the right and the wrong word change places. With twins, a model that always prefers the same
+word scores 50%. The two paradigms of negation have no twins: such a model scores anything from 0 to 100%, but 50% if it
+prefers the more frequent word. Therefore the mean leaves them out.
 
 FOLDER is a checkpoint, a run (its newest checkpoint is used), a Hugging Face XLNet, or a BertForMaskedLM. No model
 reads anything before or after a sentence.
 
 XLNet     predicts the word from the rest of the sentence, with the query stream, as in examples/fill_blank.py. No
-          position sees the word. So [MASK] in its place would change nothing, also for models trained with [MASK].
+          position sees the word, so [MASK] in its place would change nothing, even for models trained with [MASK].
 BERT      reads [MASK] in place of the word. --bert_marks puts [CLS] and [SEP] around the sentence, as in the training
-          of the released BERTs; those of benchmarks/neighbours.py are trained without.
+          of the released BERTs; the BERTs of benchmarks/neighbours.py are trained without these marks.
 5-gram    neighbours.FiveGram counts the word pieces of TEXT, and compares the probabilities of whole sentences.
 
 Source: BLiMP, Warstadt et al. 2020, arXiv:1912.00582. Templates and words are our own.
@@ -55,7 +55,8 @@ TOKENIZER = "bert-base-uncased"  # of the 5-gram model, and of a folder that hol
 LISTS = {
     # nouns and adjectives
     "AGENT": "congress president senate house committee government commission secretary convention nation",
-    # not for a verb that is to agree: "the committee have" is grammatical in older and in British English
+    # not the subject of a verb whose agreement is tested:
+    # "the committee have" is grammatical in older and in British English
     "GROUP": "state/states nation/nations government/governments committee/committees court/courts city/cities "
     "department/departments officer/officers citizen/citizens company/companies leader/leaders bank/banks",
     "PERSON": "man/men officer/officers citizen/citizens leader/leaders farmer/farmers worker/workers judge/judges",
@@ -81,7 +82,7 @@ LISTS = {
     "KEEP": "keep lose achieve show prove reach retain serve",
     "HELPED": "helped served saved protected supported",
     "NEEDED": "received needed required sought",
-    # both twins follow from a cue: the first form of one word asks for the first form of another
+    # a cue decides both twins: the first form of one word requires the first form of another
     "SOME": "a/some a/many one/two one/three no",
     "MANY": "one/two one/three each/several every/many another/several each/many",
     "PEOPLE/LAWS": "men/laws officers/measures citizens/programs farmers/treaties workers/banks women/reforms",
@@ -110,9 +111,9 @@ LISTS = {
 }
 WORDS = {name: entries.split() for name, entries in LISTS.items()}
 
-# Each word of a template is a list to draw from, or itself an entry. * marks the word in which the sentences of a pair
-# differ; *a>b means that a is right and b is wrong in every pair. ~ takes the other form than the rest of the sentence:
-# there the noun next to the verb misleads.
+# Each word of a template names a list to draw from, or is an entry itself. * marks the word in which the sentences of a
+# pair differ; *a>b means that a is right and b is wrong in every pair. ~ takes the other form than the rest of the
+# sentence, so that the noun next to the verb misleads.
 PARADIGMS = {
     "subject, verb": (
         "the THING *BE GOOD .",
@@ -190,12 +191,12 @@ class Encoded(NamedTuple):
     """The word pieces of a pair."""
 
     right: list[int]  # ids of the right sentence
-    wrong: list[int]  # of the wrong one, as many
+    wrong: list[int]  # ids of the wrong sentence, the same number
     position: int  # where the two differ
 
 
 def make_pairs(paradigm: str) -> list[Pair]:
-    """Return the N_PAIRS pairs of a paradigm, all distinct, as many from each template."""
+    """Return the N_PAIRS pairs of a paradigm, all distinct, the same number from each template."""
     rng = random.Random(paradigm)  # so a new paradigm leaves the others as they are
     templates = PARADIGMS[paradigm]
     pairs: list[Pair] = []
@@ -227,12 +228,12 @@ def draw(template: str, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def make_pair(entries: Sequence[tuple[str, str]], twin: int) -> Pair:
-    """Return one of the two pairs that the entries of a template mean.
+    """Return one of the two pairs that the entries of a template define.
 
     ("", "the"), ("", "law/laws"), ("*", "is/are"), ("", "new"), ("", ".")
     -> twin 0: The law is / are new.    twin 1: The laws are / is new.
     """
-    parts = []  # of the sentence, with one in place of the differing word
+    parts = []  # of the sentence, with "*" in place of the differing word
     for mark, entry in entries:
         if mark == "*":
             right, wrong = entry.split(">") if ">" in entry else (form(entry, twin), form(entry, 1 - twin))
@@ -262,7 +263,7 @@ def encode(pair: Pair, tokenizer: Tokenizer) -> Encoded:
 
 
 def encode_all(pairs: Sequence[Pair], tokenizer: Tokenizer, argument: str) -> list[Encoded]:
-    """Return the pieces of each pair; raise UserError, for an argument, if the vocabulary splits a differing word."""
+    """Return the pieces of each pair; raise UserError for the argument if the vocabulary splits a differing word."""
     try:
         return [encode(pair, tokenizer) for pair in pairs]
     except ValueError as error:
@@ -277,7 +278,7 @@ LogitsAt = Callable[[Tensor, Tensor], Tensor]  # ids [bsz, len], position [bsz] 
 
 
 def batches(items: Sequence[Encoded]) -> Iterator[np.ndarray]:
-    """Yield the numbers of at most BATCH items whose sentences have the same length, until all were yielded."""
+    """Yield the indices of all items, in arrays of at most BATCH items whose sentences have the same length."""
     lengths = np.array([len(item.right) for item in items])
     for length in np.unique(lengths):
         numbers = np.flatnonzero(lengths == length)
@@ -288,9 +289,9 @@ def batches(items: Sequence[Encoded]) -> Iterator[np.ndarray]:
 def score_words(items: Sequence[Encoded], logits_at: LogitsAt, hidden_id: int) -> np.ndarray:
     """Return log p(right word) - log p(wrong word) of each pair, given the rest of the sentence: [n_pairs].
 
-    The rest is the same for both words, so one forward pass has both, and logits have the same difference.
+    The rest is the same for both words, so one forward pass scores both, and logits have the same difference.
 
-    hidden_id: stands in place of the word
+    hidden_id: the id in place of the word
     """
     scores = np.empty(len(items))
     for numbers in batches(items):
@@ -306,7 +307,7 @@ def score_words(items: Sequence[Encoded], logits_at: LogitsAt, hidden_id: int) -
 
 
 def xlnet_logits(model: XLNet, ids: Tensor, position: Tensor) -> Tensor:
-    """Return the logits of the query stream at a position of each sentence, which no other position sees.
+    """Return the logits of the query stream at one position of each sentence; no other position sees that one.
 
     There is one segment and no memory, so segment ids would change nothing.
 
@@ -324,7 +325,7 @@ def xlnet_logits(model: XLNet, ids: Tensor, position: Tensor) -> Tensor:
 
 
 def bert_logits(model: nn.Module, before: list[int], after: list[int], ids: Tensor, position: Tensor) -> Tensor:
-    """Return the logits of a BertForMaskedLM at a position of each sentence, which has [MASK] there.
+    """Return the logits of a BertForMaskedLM at one position of each sentence; the sentence has [MASK] there.
 
     before, after: ids around each sentence, [CLS] and [SEP] or none; ids: [bsz, len]; position: [bsz]
     -> [bsz, n_token]
@@ -353,7 +354,7 @@ def accuracy(scores: np.ndarray) -> float:
 def load_scorer(argument: str, name: str, bert_marks: bool) -> Scorer:
     """Return the scorer of a model.
 
-    argument: NAME=FOLDER, for messages; name: of the folder, or at the hub
+    argument: NAME=FOLDER, for messages; name: a folder, or a name at the hub
     bert_marks: a BERT reads [CLS] and [SEP] around each sentence
     Raises UserError if there is no XLNet or BertForMaskedLM, or its vocabulary does not fit.
     """
@@ -381,7 +382,7 @@ def load_scorer(argument: str, name: str, bert_marks: bool) -> Scorer:
 
 def load_bert(folder: Path) -> nn.Module:
     """Return the BertForMaskedLM of a folder; raise OSError or ValueError if it holds none, or one without a head."""
-    import transformers  # only here: XLNets do without
+    import transformers  # only here: XLNets do not need it
 
     model, found = transformers.BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
@@ -400,7 +401,7 @@ def count_five_grams(path: str) -> Scorer:
     return lambda pairs: score_sentences([encode(pair, tokenizer) for pair in pairs], model.log_probs)
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- output
 
 
 def print_pairs() -> None:

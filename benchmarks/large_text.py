@@ -1,13 +1,13 @@
-"""What a large text costs: tokenizing on one process and on all cores, the next start, and memory.
+"""Measure the cost of a large text: tokenizing in one process and on all cores, the next start, and memory.
 
     python benchmarks/large_text.py
     python benchmarks/large_text.py --megabytes 100 1000 --processes 2 --folder large
 
-Writes a synthetic text of each size, seeded: words of BERT's vocabulary and made-up ones, as frequent as Zipf's law has
-them, in sentences of 5 to 40 words, 20 sentences a document. For each text it runs `python main.py --train_steps 1`
-with an empty cache, then some more steps with a full one. It measures the seconds to the first step, and the most
-memory that the command and its processes have had at once (resident; a mapped page of the text counts until something
-else needs its place).
+The program writes a synthetic, seeded text of each size: words of BERT's vocabulary and made-up words, with frequencies
+by Zipf's law, in sentences of 5 to 40 words, 20 sentences a document. For each text it runs
+`python main.py --train_steps 1` with an empty cache, then some more steps with a full cache. It measures the seconds to
+the first step, and the peak memory of the command and its processes together (resident; a memory-mapped page of the
+text counts until something else needs its memory).
 """
 
 import argparse
@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.corpus import VOCAB_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS, FREQUENT = 300_000, 15_000  # of words in all, and from the vocabulary
+KINDS, FREQUENT = 300_000, 15_000  # different words in all, and those from the vocabulary
 
 
 def write(path: Path, megabytes: int) -> None:
-    """Write a text of about so many million bytes, in parts of 13, or smaller ones if it is small."""
+    """Write a text of about `megabytes` million bytes, in parts of 20,000 sentences, or fewer if the text is small."""
     rng = np.random.default_rng(0)
     pieces = (VOCAB_DIR / "bert-base-uncased.txt").read_text(encoding="utf-8").split()
     whole = rng.permutation([piece for piece in pieces if piece.isascii() and piece.isalpha()])[:FREQUENT]
@@ -54,7 +54,7 @@ def write(path: Path, megabytes: int) -> None:
 
 
 def resident(process: psutil.Process) -> int:
-    """Return the bytes in memory of a process and its children."""
+    """Return the resident bytes of a process and its children."""
     total = 0
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -65,7 +65,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def run(data: Path, cache: str, steps: int, processes: int) -> tuple[float, float]:
-    """Return the seconds to the first step's line, and the peak in MB of the memory of all processes together."""
+    """Return the seconds to the line of the first step, and the peak memory of all processes together, in MB."""
     command = [sys.executable, str(ROOT / "main.py"), "--data", str(data), "--cache_dir", cache]
     command += ["--train_steps", str(steps)]
     environment = os.environ | {"LOKY_MAX_CPU_COUNT": str(processes)}
@@ -93,12 +93,12 @@ def run(data: Path, cache: str, steps: int, processes: int) -> tuple[float, floa
 
 
 def measure(path: Path, processes: int, steps: int, folder: Path) -> None:
-    """Print the row of a text tokenized by so many processes."""
+    """Measure one text with one number of processes, and print its row."""
     megabytes = path.stat().st_size / 10**6
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         first, peak = run(path, cache, 1, processes)
         again, peak_training = run(path, cache, steps, processes)
-    speed = f"{megabytes / (first - again):.1f}" if first > again + 1 else ""  # a page is no measure
+    speed = f"{megabytes / (first - again):.1f}" if first > again + 1 else ""  # one page is too short to measure
     print(
         f"| {megabytes:.4g} | {processes} | {first:.1f} | {speed} | {peak:.0f} | {again:.1f} | {peak_training:.0f} |",
         flush=True,

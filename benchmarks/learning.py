@@ -1,4 +1,4 @@
-"""What makes a small XLNet learn: variants under one budget, judged on the same held-out targets.
+"""Compare how well variants of a small XLNet learn under one budget, judged on the same held-out targets.
 
     python benchmarks/corpus.py
     python benchmarks/learning.py --updates 1200 --variants default init=normal "learning_rate=2e-3 bf16" --seeds 0 1 2
@@ -6,21 +6,21 @@
     python benchmarks/learning.py --updates 1200 --variants my_variant.py:MyLoader "my_variant.py:MyXLNet mem_len=0"
     python benchmarks/learning.py --updates 1200 --seeds
 
-A variant is what differs from `python main.py`:
+A variant is a change to `python main.py`:
     flag=value, or flag for a switch: any flag of main.py, several in one pair of quotes
     one of the names in VARIANTS below
     FILE.py:CLASS: a Loader or an XLNet of your own, as in examples/variant.py
     one of the last two, then flags
 
-The budget is a number of updates, or minutes of training without judging. With minutes, --decay_method poly and cos
-need the number of updates beforehand: a throwaway run of the variant measures its speed, and the decay ends with the
-updates that fit into 97% of the minutes (see `steps_within`). The run stops after them, or when the minutes are over.
-Each run appends its curve to the csv when it is over; runs that stand there are not made again. At the end the program
-prints a table and draws the curves; without seeds it does only that.
+The budget is a number of updates, or minutes of training; judging does not count. With minutes, --decay_method poly and
+cos need the number of updates in advance: a throwaway run of the variant measures its speed, and the decay ends with
+the updates that fit into 97% of the minutes (see `steps_within`). The run stops after these updates, or when the
+minutes are over. Each finished run appends its curve to the csv; runs that the csv already holds are not made again. At
+the end the program prints a table and draws the curves; without seeds it does only that.
 
 Every variant is judged on the windows, orders and targets that --valid has at default flags, with dropout off. VARIANTS
-says in which form: a model that was trained without segments sees none, for example. Where there are two forms, the
-lower loss counts. neighbours.py holds the models that are not ours.
+gives the form of these windows: for example, a model that was trained without segments sees none. If there are two
+forms, the lower loss counts. neighbours.py holds the models that are not ours.
 """
 
 import argparse
@@ -64,11 +64,11 @@ COLUMNS = (
     "text", "shape", "budget", "targets", "variant", "seed", "updates", "seconds", "training_loss", "held_out_loss",
     "machine", "commit",
 )  # fmt: skip
-# How held-out targets are drawn. Losses on different targets do not compare, and no table mixes them.
+# How held-out targets are drawn. Losses on different targets are not comparable, and no table mixes them.
 # 1: one random generator for all windows, one after the other; 2: each window has its own, as in data_utils.Loader
 TARGETS = "2"
 POINTS = 10  # of a curve
-NO_END = 10**9  # updates: a run that its minutes end
+NO_END = 10**9  # updates of a run that ends when its minutes are over
 CALIBRATION = 0.05  # share of the minutes that may pass while the speed is measured
 LEAST_TIMED = 8  # steps
 FITS = 0.97  # share of the minutes that planned updates should take
@@ -96,7 +96,7 @@ class OneSegment(Loader):
 
 
 class ShuffledWindows(Loader):
-    """The windows of a pass in random order: the memory that a window sees is of other text."""
+    """The windows of a pass in random order: the memory that a window sees comes from other text."""
 
     def batch(self, step: int) -> dict[str, Tensor]:
         epoch, index = divmod(step, self.pass_len)
@@ -119,17 +119,17 @@ class MaskedTargetsWithoutSegments(MaskedTargets, WithoutSegments):
 
 # ---------------------------------------------------------------- judging
 
-# A model is judged on windows of default flags, whatever its own were. It reads them forwards.
+# Every model is judged on windows of default flags, whatever its own flags are. It reads them forwards.
 FLAGS_OF_JUDGE = "--bi_data False --seq_len 512 --reuse_len 256 --perm_size 256 --num_predict 85".split()
 
 
 class Judge:
-    """Judges weights on held-out windows of default flags, in a model of its own. Training notices nothing of it.
+    """Judges weights on held-out windows of default flags, in a model of its own, so that training is unaffected.
 
     argv: the flags of the run to judge; path: the held-out text
-    loader_classes: how the windows look; the lowest loss of them counts
+    loader_classes: the forms of the windows; the lowest loss counts
     model_class: of the judge's model, which takes these windows; XLNet also takes the weights of a Peer
-    Makes runs and so sets torch's generator: make the judge before the run.
+    The constructor prepares runs, which sets torch's generator: make the judge before the run.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Judge:
 def five_gram_loss(model: FiveGram, loader: Loader) -> float:
     """Return the loss of a model that reads from left to right, on one pass over a loader's targets, in nats a target.
 
-    A target's context is the four tokens before it in its window; at the window's beginning, the text before.
+    A target's context is the four tokens before it in its window; at the window's beginning, in the text before it.
     """
     losses = []
     before: list[np.ndarray | None] = [None] * len(loader.turns)  # [4, bsz], the tokens before the next window
@@ -183,7 +183,7 @@ class Variant(NamedTuple):
 
 CHUNKS = "--mem_len 0 --rows 1"  # no memory, and one chunk a batch
 LIKE_THE_COLLATOR = (WithoutSegments, MaskedTargetsWithoutSegments)
-FIVE_GRAM = "five-gram"  # is counted, not trained: it has neither seed nor curve
+FIVE_GRAM = "five-gram"  # counted, not trained: it has neither seed nor curve
 VARIANTS = {
     "default": Variant(),
     # one change each
@@ -193,12 +193,12 @@ VARIANTS = {
     "[MASK] in the content stream": Variant("", MaskedTargets, judged_on=(Loader, MaskedTargets)),
     # all of these together, in our model
     "collator": Variant(CHUNKS, Collated, judged_on=LIKE_THE_COLLATOR),
-    # neighbours; start and clipping as in run_plm.py and run_mlm.py
+    # neighbours; initialization and clipping as in run_plm.py and run_mlm.py
     "transformers": Variant(f"{CHUNKS} --clip 1.0", CollatedForPeer, Peer, LIKE_THE_COLLATOR),
     "bert": Variant(f"{CHUNKS} --clip 1.0", CollatedForBert, Bert, (WindowsForBert,), Bert),
     FIVE_GRAM: Variant(),
 }
-# The benchmark sets these for all variants, or the held-out losses of two values would not compare.
+# The benchmark sets these for all variants; with different values, held-out losses would not be comparable.
 NOT_A_VARIANT = {
     "data", "valid", "tokenizer", "cache_dir", "seed", "num_step", "train_steps", "output_dir", "save_steps",
     "save_total_limit", "resume", "init_checkpoint", "eval_steps", "eval_only", "log_steps", "tensorboard",
@@ -207,10 +207,10 @@ OWN_CLASS = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)(@\w+)?(?= |$)")
 
 
 def find_variant(words: str) -> Variant:
-    """Return the variant that words of the command line mean.
+    """Return the variant that words of the command line describe.
 
-    words: a name or FILE.py:CLASS, flags, or one of the former and then flags
-    Raises UserError if they mean none.
+    words: a name or FILE.py:CLASS, or flags, or a name or FILE.py:CLASS and then flags
+    Raises UserError if they describe none.
     """
     beginning = ""
     variant = Variant()
@@ -229,7 +229,7 @@ def find_variant(words: str) -> Variant:
 
 
 def check_flag(name: str, words: str) -> None:
-    """Raise UserError if main.py has no flag of that name, or a variant must not have it; words: the whole variant."""
+    """Raise UserError if main.py has no flag of that name, or a variant must not set it; words: the whole variant."""
     if name in NOT_A_VARIANT:
         raise UserError(f"--variants {words!r}: {name} is the same for all variants; leave it out")
     if name not in vars(flags.parse([])):
@@ -240,7 +240,7 @@ def check_flag(name: str, words: str) -> None:
 
 
 def variant_of_class(path: Path, name: str) -> Variant:
-    """Return the variant that a class in a Python file makes: a Loader, or an XLNet, which is judged in itself."""
+    """Return the variant of a class in a Python file: a Loader, or an XLNet, which is judged in its own class."""
     given = f"--variants {path}:{name}"
     if not path.is_file():
         raise UserError(f"{given}: there is no file {path}; give FILE.py:CLASS")
@@ -257,9 +257,9 @@ def variant_of_class(path: Path, name: str) -> Variant:
 
 
 def name_in_csv(words: str) -> str:
-    """Return the name of a variant in csv and table: its words, and for a class of one's own a digest of its file.
+    """Return the name of a variant in csv and table: its words, and for FILE.py:CLASS a digest of the file.
 
-    So a curve of an older version of the file is not taken for one of the new version.
+    The digest keeps the curves of an older version of the file apart from those of the new version.
     """
     words = " ".join(words.split())
     own = OWN_CLASS.match(words)
@@ -270,7 +270,7 @@ def name_in_csv(words: str) -> str:
 
 
 def check_variant(words: str, options: argparse.Namespace) -> None:
-    """Raise UserError if words mean no variant, or its flags do not go together."""
+    """Raise UserError if words describe no variant, or if its flags do not fit together."""
     variant = find_variant(words)
     try:
         main.read_flags([*common_flags(options, "0"), *variant.flags.split()])
@@ -281,7 +281,7 @@ def check_variant(words: str, options: argparse.Namespace) -> None:
 def prepare(variant: Variant, argv: list[str], valid: str) -> tuple[main.Run, Judge]:
     """Return the run of a variant and its judge.
 
-    argv: flags of all variants; valid: the held-out text
+    argv: the flags that all variants share; valid: the held-out text
     """
     argv = [*argv, *variant.flags.split()]
     judge = Judge(argv, valid, variant.judged_on, variant.judged_in)
@@ -295,12 +295,12 @@ class Task(NamedTuple):
     """One run of the benchmark."""
 
     options: argparse.Namespace
-    variant: str  # as name_in_csv has it
+    variant: str  # as name_in_csv returns it
     seed: str  # "" for counts, which have none
 
 
 def common_flags(options: argparse.Namespace, seed: str) -> list[str]:
-    """Return the flags that all variants of a benchmark share, but for the number of updates."""
+    """Return the flags that all variants of a benchmark share, except the number of updates."""
     return ["--data", options.data, "--seed", seed, *SHAPES[options.shape].split()]
 
 
@@ -318,7 +318,7 @@ def count_five_grams(task: Task) -> list[dict[str, str]]:
 
 
 def train(task: Task) -> list[dict[str, str]]:
-    """Train one variant with one seed, or count; return the rows of the curve, and save the weights if asked to."""
+    """Train one variant with one seed, or count; return the rows of the curve, and save the weights on request."""
     if task.variant == FIVE_GRAM:
         return count_five_grams(task)
     options, variant = task.options, find_variant(task.variant)
@@ -333,9 +333,9 @@ def train(task: Task) -> list[dict[str, str]]:
 
 
 def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> list[dict[str, str]]:
-    """Train to the end of a run, or for `limit` seconds; return the rows of the curve, POINTS of them if steps suffice.
+    """Train to the end of a run, or for `limit` seconds; return the curve, POINTS rows if there are enough steps.
 
-    The seconds are those of training: judging is not counted.
+    The seconds are those of training; judging does not count.
     """
     curve: list[dict[str, str]] = []
     losses: list[float] = []  # of the steps since the last point
@@ -369,7 +369,7 @@ def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> li
 
 
 def planned_updates(variant: Variant, argv: list[str], seconds: float) -> int:
-    """Return the updates of a run with a budget of time: what fits, if its learning rate decays, else without end."""
+    """Return the updates of a run with a time budget: those that fit if its learning rate decays, otherwise NO_END."""
     argv = [*argv, str(NO_END), *variant.flags.split()]
     if main.read_flags(argv)[0].decay_method == "constant":
         return NO_END
@@ -377,10 +377,10 @@ def planned_updates(variant: Variant, argv: list[str], seconds: float) -> int:
 
 
 def steps_within(make_run: Callable[[], main.Run], seconds: float) -> int:
-    """Return how many updates of a run fit into 97% of some seconds, by the speed of a throwaway run.
+    """Return how many updates of a run fit into 97% of `seconds`, at the speed of a throwaway run.
 
-    That run takes 5% of the seconds, or longer if LEAST_TIMED steps are not timed by then. The timing begins when the
-    memory of each row is full, as steps with less memory are faster.
+    The throwaway run takes 5% of `seconds`, or longer if LEAST_TIMED steps are not timed by then. Timing begins when
+    the memory of each row is full, because steps with less memory are faster.
 
     make_run: makes the throwaway run, with far more updates than fit; each call must make a new run
     """
@@ -408,12 +408,12 @@ def slug(words: str) -> str:
 
 
 def weights_folder(save: Path, task: Task) -> Path:
-    """Return where the weights of a task go."""
+    """Return the folder for the weights of a task."""
     return save / f"{slug(task.variant)}-{task.seed}"
 
 
 def save_weights(run: main.Run, folder: Path) -> None:
-    """Write the model and its vocabulary as a checkpoint has them, without the state of the training."""
+    """Write the model and its vocabulary as in a checkpoint, without the training state."""
     folder.mkdir(parents=True)
     config = run.vocab.hugging_face_config() | {name: vars(run.args)[name] for name in main.LENGTHS}
     run.model.save_pretrained(folder, **config)
@@ -421,7 +421,7 @@ def save_weights(run: main.Run, folder: Path) -> None:
 
 
 def row_of(task: Task, **measured: str) -> dict[str, str]:
-    """Return a row of the csv; what was not measured is empty."""
+    """Return a row of the csv; columns that were not measured are empty."""
     named = {
         "text": text_of(task.options),
         "shape": task.options.shape,
@@ -435,7 +435,7 @@ def row_of(task: Task, **measured: str) -> dict[str, str]:
 
 
 def text_of(options: argparse.Namespace) -> str:
-    """Return how the csv names a text: its file's name, and a digest of what is trained on and of what is held out."""
+    """Return the name of a text in the csv: its file name, and a digest of the training text and the held-out text."""
     content = Path(options.data).read_bytes() + Path(options.valid).read_bytes()
     return f"{Path(options.data).name} {hashlib.sha256(content).hexdigest()[:8]}"
 
@@ -451,7 +451,7 @@ def commit() -> str:
 
 
 def machine_of(run: main.Run) -> str:
-    """Return how the csv names what a run computes on."""
+    """Return a run's machine for the csv: the name of the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
@@ -466,7 +466,7 @@ def start_worker(progress: Any, threads: int) -> None:
 
 
 def threads_of_worker(jobs: int) -> int:
-    """Return the threads of each of some runs at once: of OMP_NUM_THREADS, or of the cores that this process may use.
+    """Return the threads of each of `jobs` runs: a share of OMP_NUM_THREADS, or of the cores that the process may use.
 
     PyTorch heeds the variable; joblib knows the limits of a container.
     """
@@ -474,9 +474,9 @@ def threads_of_worker(jobs: int) -> int:
 
 
 def make_runs(options: argparse.Namespace, tasks: list[Task]) -> None:
-    """Make the runs, options.jobs at a time, and append each to the csv when it is over.
+    """Make the runs, options.jobs at a time, and append each finished run to the csv.
 
-    A run that its flags or its loss end has a line on stderr instead.
+    A run that fails because of its flags or its loss gets a line on stderr instead.
     """
     context = multiprocessing.get_context("spawn")
     progress = context.Value("i", 0)
@@ -512,6 +512,7 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
 
 def append(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     """Append rows to a csv, a whole curve in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -521,7 +522,7 @@ def append(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = COLU
 
 
 def find_curves(options: argparse.Namespace) -> dict[str, list[list[dict[str, str]]]]:
-    """Return the curves in the csv by variant, one for each seed: those of the options' text, shape and budget.
+    """Return the curves of the options' text, shape and budget in the csv, by variant, one for each seed.
 
     Curves with other targets are left out, with a line on stderr.
     """
@@ -563,29 +564,29 @@ def print_table(curves: dict[str, list[list[dict[str, str]]]]) -> None:
 
 
 def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]]]]) -> None:
-    """Draw the mean curve of every variant, training and held out, in a band from the lowest to the highest seed.
+    """Draw the held-out losses: the mean curve of every variant, and its last point with the range over the seeds.
 
-    Counts are a line across the held-out losses.
+    Counts have no curve.
     """
     unit, scale, label = ("updates", 1, "updates") if options.updates else ("seconds", 60, "minutes of training")
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, column, title in zip(both, ("training_loss", "held_out_loss"), ("training", "held out"), strict=True):
-        for name, runs in curves.items():
-            if name == FIVE_GRAM:
-                continue
-            losses = np.array([[float(row[column]) for row in run] for run in runs])  # [seeds, POINTS]
+    figure = Figure(figsize=(11, 1.5 + 0.45 * max(6, len(curves))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (name, runs) in enumerate(curves.items()):
+        losses = np.array([[float(row["held_out_loss"]) for row in run] for run in runs])  # [seeds, POINTS]
+        colour = f"C{place % 10}"
+        if name != FIVE_GRAM:
             at = np.mean([[float(row[unit]) / scale for row in run] for run in runs], axis=0)
-            [line] = axes.plot(at, losses.mean(axis=0), label=name)
-            low, high = losses.min(axis=0), losses.max(axis=0)
-            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(title=title, xlabel=label)
+            left.plot(at, losses.mean(axis=0), color=colour)
+        last = losses[:, -1]
+        right.plot([last.min(), last.max()], [place, place], color=colour, linewidth=2)
+        right.plot(last.mean(), place, color=colour, marker="o")
+        right.annotate(f"{last.mean():.3f}", (last.mean(), place), (0, 6), textcoords="offset points", ha="center")
+    left.set(xlabel=label, ylabel="held-out loss, nats per predicted token")
+    right.set(xlabel="at the end: mean, lowest and highest seed", ylim=(len(curves) - 0.5, -0.7))
+    right.set_yticks(range(len(curves)), list(curves))
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-    for [row] in curves.get(FIVE_GRAM, []):
-        both[1].axhline(float(row["held_out_loss"]), color="black", linestyle="--", label=FIVE_GRAM)
-    both[0].set_ylabel("loss, nats per predicted token")
-    if curves:
-        both[1].legend(fontsize="small")
+    options.png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.png, dpi=110)
 
 
@@ -597,7 +598,7 @@ def tell(line: str) -> None:
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags, variants by their names in the csv; raise UserError for a mistake in any."""
+    """Return the flags, with variants by their names in the csv; raise UserError for a mistake in a flag."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--updates", type=flags.number(int, 1, NO_END), metavar="N", help="budget of a run")
@@ -635,14 +636,14 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_texts(**paths: str) -> None:
-    """Raise UserError if a text does not exist; paths: by the names of their flags."""
+    """Raise UserError if a text does not exist; paths: keyed by the names of their flags."""
     for flag, path in paths.items():
         if not Path(path).exists():
             raise UserError(f"--{flag} {path} does not exist; run python benchmarks/corpus.py, or give another text")
 
 
 def plan(options: argparse.Namespace) -> list[Task]:
-    """Return the runs that the csv lacks; tell which they are, and of which commit the others."""
+    """Return the runs that the csv lacks; list these runs on stderr, and the others with their commits."""
     key = ("text", "shape", "budget", "targets", "variant", "seed")
     commit_of = {tuple(row[name] for name in key): row["commit"] or "not named" for row in read(options.csv)}
     text = text_of(options)
@@ -680,7 +681,7 @@ def check_folders(save: Path, folders: Sequence[Path]) -> None:
 
 
 def benchmark(argv: Sequence[str] | None = None) -> None:
-    """Read the flags, make the runs that the csv lacks, and show what it then holds."""
+    """Read the flags, make the runs that the csv lacks, and show the curves."""
     options = read_options(argv)
     tasks = plan(options)
     if options.save:

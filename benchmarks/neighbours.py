@@ -1,4 +1,4 @@
-"""Models that learning.py compares with ours: transformers' XLNet and BERT, and counts of five tokens.
+"""Models that learning.py compares with ours: transformers' XLNet and BERT, and a 5-gram model.
 
 Peer       XLNetLMHeadModel, with the batches of transformers' example run_plm.py
 Bert       BertForMaskedLM, with the batches of transformers' example run_mlm.py
@@ -42,7 +42,7 @@ def bert_tokenizer() -> transformers.PreTrainedTokenizerBase:
 class Chunks(Loader):
     """Shuffled chunks of the text, one a batch, masked by a collator of transformers.
 
-    A pass takes every chunk once, in a new order each time. A subclass says which collator, and makes a model's batch.
+    A pass reads every chunk once, in a new order each time. A subclass sets the collator and makes its model's batch.
     """
 
     collator: Callable[..., Any]  # called with the tokenizer
@@ -54,12 +54,12 @@ class Chunks(Loader):
         self.collate = self.collator(bert_tokenizer())
 
     def collated(self, step: int) -> dict[str, Tensor]:
-        """Return the collator's batch of a step, under its own names."""
+        """Return the collator's batch of a step, under the collator's names."""
         epoch, index = divmod(step, self.pass_len)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.pass_len)
         chunk = torch.from_numpy(self.chunks[order[index]].astype(np.int64))
-        # Collators draw from torch's global generator. A thread makes the batches, so dropout in the model, which draws
-        # from there too, must find it as it was; with dropout on, what it draws depends on the threads' timing.
+        # Collators draw from torch's global generator, in the thread that makes the batches. Dropout in the model draws
+        # from it too, so its state must be restored. With dropout on, the draws depend on the timing of the threads.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng([self.seed, step]).integers(2**63)))
             return self.collate([{"input_ids": chunk}])
@@ -79,7 +79,7 @@ def targets_of(labels: Tensor) -> dict[str, Tensor]:
 
 
 class Collated(Chunks):
-    """The batches of run_plm.py for our model: [MASK] in place of every target, and an order as a mask."""
+    """The batches of run_plm.py for our model: [MASK] in place of every target, and the order as a mask."""
 
     collator = transformers.DataCollatorForPermutationLanguageModeling
 
@@ -93,7 +93,7 @@ class Collated(Chunks):
 
 
 class CollatedForPeer(Collated):
-    """The same batches as transformers' model takes them in run_plm.py: every position has a slot in the query stream.
+    """The same batches in run_plm.py's layout for transformers' model: every position has a slot in the query stream.
 
     target_mapping: [seq_len, seq_len, 1], the collator's own; target_mask: [seq_len, 1], 1 = target
     """
@@ -111,7 +111,7 @@ class CollatedForPeer(Collated):
 
 
 class CollatedForBert(Chunks):
-    """The batches of run_mlm.py: of the tokens to predict 80% are [MASK], 10% another token, 10% themselves."""
+    """The batches of run_mlm.py: of the tokens to predict, 80% become [MASK], 10% a random token, and 10% stay."""
 
     collator = functools.partial(transformers.DataCollatorForLanguageModeling, mlm_probability=MASKED)
 
@@ -130,7 +130,7 @@ class MaskedTargets(Loader):
 
 
 class WindowsForBert(MaskedTargets):
-    """The windows on which Bert is judged, [SEP] and [CLS] included: what Bert takes of MaskedTargets."""
+    """The windows on which Bert is judged: the inputs of MaskedTargets that Bert takes, [SEP] and [CLS] included."""
 
     def example(self, row: Row, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = super().example(row, window, rng)
@@ -141,7 +141,7 @@ class WindowsForBert(MaskedTargets):
 
 
 class Peer(nn.Module):
-    """transformers' XLNetLMHeadModel, started as XLNetConfig has it, with the signature of our model.
+    """transformers' XLNetLMHeadModel, initialized as XLNetConfig says, with the signature of our model.
 
     It takes the batches of CollatedForPeer and keeps no memory, as in run_plm.py.
     """
@@ -172,7 +172,7 @@ class Peer(nn.Module):
     def forward(
         self, inp_k: Tensor, perm_mask: Tensor, target_mapping: Tensor, mems: list[None] | None = None
     ) -> tuple[Tensor, list[None]]:
-        """Return the logits of all positions, [len, bsz, n_token], and the memory of no layer; see XLNet.forward.
+        """Return the logits of all positions, [len, bsz, n_token], and None for each layer's memory; see XLNet.forward.
 
         target_mapping: [num_predict, len, bsz], one-hot along len
         """
@@ -185,7 +185,7 @@ class Peer(nn.Module):
         return output.logits.transpose(0, 1), [None] * self.peer.config.n_layer
 
     def our_weights(self) -> dict[str, Tensor]:
-        """Return the weights under the names of our model, which gives the same numbers with them, and sooner."""
+        """Return the weights under the names of our model, which computes the same numbers with them, but faster."""
         return {name.removeprefix("transformer."): weight for name, weight in self.peer.state_dict().items()}
 
     def save_pretrained(self, directory: str | Path, **config: Any) -> None:
@@ -195,7 +195,7 @@ class Peer(nn.Module):
 
 
 class Bert(nn.Module):
-    """transformers' BertForMaskedLM, started as BertConfig has it, with the signature of our model.
+    """transformers' BertForMaskedLM, initialized as BertConfig says, with the signature of our model.
 
     It takes the batches of CollatedForBert and WindowsForBert, which have one segment, and keeps no memory. It has
     BertConfig's 512 positions.
@@ -229,9 +229,9 @@ class Bert(nn.Module):
     def forward(
         self, inp_k: Tensor, target_mapping: Tensor, mems: list[None] | None = None
     ) -> tuple[Tensor, list[None]]:
-        """Return the logits of the targets, [num_predict, bsz, n_token], and the memory of no layer.
+        """Return the logits of the targets, [num_predict, bsz, n_token], and None for the memory of each layer.
 
-        The head computes no other position: the numbers are the same, and a step is faster.
+        The head computes only these positions: the numbers are the same, and a step is faster.
 
         inp_k: [len, bsz] int; target_mapping: [num_predict, bsz] int, the position of each target, -1 = empty slot
         Source: google-research/bert, run_pretraining.py, gather_indexes.
@@ -245,19 +245,19 @@ class Bert(nn.Module):
         self.peer.save_pretrained(directory)
 
 
-# ---------------------------------------------------------------- counts of five tokens
+# ---------------------------------------------------------------- the 5-gram model
 
 
 class Grams(NamedTuple):
-    """All n-grams of one length n in a text, numbered in the order of their keys, and what they say about their end.
+    """All n-grams of one length n in a text, numbered in the order of their keys, with statistics of their last token.
 
-    A context is the (n-1)-gram before the last token, with its number in the Grams of that length; 0 if n is 1.
-    Both floats have one entry more, at -1: that of an n-gram or a context that is not in the text.
+    A context is the (n-1)-gram before the last token. Its number is that in the Grams of length n-1; 0 if n is 1.
+    share and left have an extra entry at -1, for an n-gram or a context that is not in the text.
     """
 
     keys: np.ndarray  # [n_grams] int64, ascending: number of the context * n_token + last token
     share: np.ndarray  # [n_grams + 1], discounted count / sum of the counts after the same context
-    left: np.ndarray  # [n_contexts + 1], what discounts leave, after a context, to the shorter context
+    left: np.ndarray  # [n_contexts + 1], share that the discounts after a context leave to the shorter context
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Return the number of the n-gram with each key, -1 if it is not in the text."""
@@ -266,15 +266,15 @@ class Grams(NamedTuple):
 
 
 class FiveGram:
-    """A model that knows how often up to five tokens follow each other: interpolated modified Kneser-Ney smoothing.
+    """A 5-gram model with interpolated modified Kneser-Ney smoothing.
 
     For a token w after a context c of n - 1 tokens, n from 1 to 5:
 
         p_n(w | c) = (a(c w) - D(a(c w))) / a(c) + left(c) p_{n-1}(w | c without its first token)
 
-    a(c w) is the count of c w if n is 5; for shorter ones it is the number of different tokens before c w in the text.
-    a(c) is its sum over w. D is the discount: three numbers, for a = 1, a = 2 and a > 2. left(c) makes the sum over w
-    1. After a c that is not in the text p_n = p_{n-1}; p_0 = 1 / n_token.
+    a(c w) is the count of c w if n is 5; for smaller n it is the number of different tokens before c w in the text.
+    a(c) is the sum of a(c w) over w. D is the discount: three numbers, for a = 1, a = 2 and a > 2. left(c) makes the
+    probabilities of all w sum to 1. If c is not in the text, p_n = p_{n-1}; p_0 = 1 / n_token.
 
     ids: [n_tokens] int, the text, at least five tokens; n_token: size of the vocabulary
     Source: Chen and Goodman, An empirical study of smoothing techniques for language modeling, Computer Speech &
@@ -284,7 +284,7 @@ class FiveGram:
     def __init__(self, ids: np.ndarray, n_token: int):
         self.n_token = n_token
         ids = np.asarray(ids, dtype=np.int64)
-        # of each n: the keys of all n-grams, the first place of each, and the number of the one that begins at a token
+        # for each n: the keys of all n-grams, the first position of each, and the number of the n-gram at each token
         texts = [np.unique_all(ids)]
         for n in range(2, ORDER + 1):
             texts.append(np.unique_all(texts[-1].inverse_indices[:-1] * n_token + ids[n - 1 :]))
@@ -310,7 +310,7 @@ class FiveGram:
 def continuations(this: Any, longer: Any) -> np.ndarray:
     """Return how many different tokens stand before each n-gram of a text: [n_grams] int.
 
-    this, longer: what np.unique_all says of the n-grams, and of those with one token more
+    this, longer: the results of np.unique_all for the n-grams, and for those with one token more
     """
     without_first_token = this.inverse_indices[longer.indices + 1]  # of each longer n-gram
     return np.bincount(without_first_token, minlength=len(this.values))
@@ -331,7 +331,7 @@ def weigh(keys: np.ndarray, context: np.ndarray, n_contexts: int, count: np.ndar
 
 
 def discounts(count: np.ndarray) -> np.ndarray:
-    """Return what a count of 0, 1, 2, and 3 or more loses: [4]; a text too small to tell gets the usual 0.75.
+    """Return the discounts of counts 0, 1, 2, and 3 or more: [4]; a text that is too small gets the usual 0.75.
 
     Source: Chen and Goodman, equation (26).
     """

@@ -1,9 +1,9 @@
-"""Windows a second that the data pipeline makes on one core, by its parts.
+"""Measure how many windows a second each part of the data pipeline makes on one core.
 
     python benchmarks/pipeline.py
 
-Each part is timed over all windows of data.txt, again and again; the table gives medians with the quartiles around
-them. The batch of a step is one window for each row; the model computes while the next batch is made.
+Each part is timed over all windows of data.txt, in many passes; the table gives medians and quartiles. The batch of a
+step holds one window for each row. The model computes while the next batch is made.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import main
 
 
 def parts_of(loader: data_utils.Loader) -> dict[str, Callable[[int], object]]:
-    """Return the parts of the pipeline: functions of the number of a window."""
+    """Return the parts of the pipeline by name; each is a function of a window's number."""
     [[row]] = loader.turns
     rng = np.random.default_rng(0)
     targets = (loader.num_predict, loader.mask_alpha, loader.mask_beta)

@@ -1,12 +1,13 @@
-"""What a checkpoint has learnt: a small classification with its features, and its guesses for ten held-out blanks.
+"""Probe a checkpoint: classify passages by its features, and print its guesses for ten blanks in held-out text.
 
     python benchmarks/corpus.py
     python main.py --data corpus/train.txt --valid corpus/valid.txt --output_dir out --train_steps 6000
     python benchmarks/probe.py --checkpoint out/checkpoint-6000
 
 The task: in which of four half centuries was a passage of 64 word pieces written? Passages for training and testing
-come from different documents. A logistic regression is fitted on the mean of the last hidden states, of the checkpoint
-and of the same model with random weights, and on counts of word pieces, with a few labels and with many.
+come from different documents. A logistic regression is fitted on three kinds of features: the mean of the checkpoint's
+last hidden states, the same mean with random weights, and counts of word pieces. Each is fitted with few labels and
+with many.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from xlnet import XLNet, read_config
 PASSAGE = 64  # word pieces
 BEGINS = (1850, 1900, 1950)  # of the second, third and fourth class
 FEW_LABELS = (40, 200)
-DRAWS = 5  # of so few labels
+DRAWS = 5  # random training sets of each such size
 
 
 def passages(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids [n, PASSAGE], the class and the document of each passage, at most 20 from a document."""
+    """Return the ids [n, PASSAGE], the class and the document of each passage; a document gives at most 20."""
     ids, label, document = [], [], []
     for number, (name, sentences) in enumerate(tqdm(corpus.documents().items(), leave=False, disable=None)):
         pieces = [piece for sentence in sentences[:200] for piece in tokenizer.tokenize(sentence)][: 20 * PASSAGE]
@@ -63,7 +64,7 @@ def count_pieces(ids: np.ndarray, n_token: int) -> np.ndarray:
 
 
 def classify(model: XLNet, untrained: XLNet, tokenizer: Tokenizer) -> None:
-    """Print the accuracy with each kind of features, on documents that were not trained on."""
+    """Print the accuracy with each kind of features, on documents that the classifier did not train on."""
     ids, label, document = passages(tokenizer)
     rng = np.random.default_rng(0)
     n_document = document.max() + 1
@@ -74,7 +75,7 @@ def classify(model: XLNet, untrained: XLNet, tokenizer: Tokenizer) -> None:
         "counts of word pieces (tf-idf)": (count_pieces(ids, len(tokenizer.vocab)), TfidfTransformer()),
     }
     trainable = np.flatnonzero(~is_tested)
-    draws = {}  # of the passages to train on, by their number
+    draws = {}  # size -> training sets of that size, as indices of passages
     for size in (*FEW_LABELS, len(trainable)):
         n_draw = DRAWS if size < len(trainable) else 1
         draws[size] = [rng.permutation(trainable)[:size] for _ in range(n_draw)]
@@ -97,7 +98,7 @@ def classify(model: XLNet, untrained: XLNet, tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 def guess(model: XLNet, ids: np.ndarray, blank: int) -> tuple[list[int], list[float]]:
-    """Return the five likeliest ids for one place of a window, which nobody sees, and their probabilities."""
+    """Return the five likeliest ids at the blank of a window, and their probabilities; no position sees the blank."""
     inp = torch.from_numpy(ids)[:, None]
     perm_mask = torch.zeros(len(inp), len(inp), 1)
     perm_mask[:, blank] = 1  # 1 = must not see
@@ -118,7 +119,7 @@ def fill_blanks(
 ) -> None:
     """Print guesses of the query stream for whole words of held-out text.
 
-    count: of words; before, after: pieces of text around each
+    count: number of words; before, after: pieces of text around each word
     """
     ids = load_text("valid", [path], default_cache_dir(), tokenizer, vocab).ids.astype(np.int64)
     pieces = {i: piece for piece, i in tokenizer.vocab.items()}
@@ -133,7 +134,7 @@ def fill_blanks(
 
 
 def benchmark(argv: Sequence[str] | None = None) -> None:
-    """Read the flags, and print what the checkpoint knows."""
+    """Read the flags, and print the accuracies and the guesses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a checkpoint")
     parser.add_argument("--valid", default="corpus/valid.txt", help="held-out text (default: %(default)s)")

@@ -1,21 +1,22 @@
-"""Time to loss: how low a held-out loss an XLNet reaches in so many minutes of two cores.
+"""Time to loss: measure the held-out loss that an XLNet reaches in a given number of minutes on two cores.
 
     python benchmarks/corpus.py
     python benchmarks/record.py --minutes 10 --seeds 0 1 2
     python benchmarks/record.py --minutes 1 3 10 --entries "--optimizer muon --d_model 64"
     python benchmarks/record.py --minutes 10 --seeds
 
-An entry is a line of main.py's flags, a name of ENTRIES or flags of your own. It may change model, training and
-vocabulary, and not what is judged: every entry is judged on the windows, orders and targets that --valid has at default
+An entry is a line of main.py's flags: a name in ENTRIES, or flags of your own. It may change model, training and
+vocabulary, but not the evaluation: every entry is judged on the windows, orders and targets that --valid has at default
 flags, with memory and without dropout. Minutes count from the first step to the last; preparing the text, judging and
-a short run that measures the speed do not count. By that speed --train_steps is set, so that a decay ends in time; a
-run that is not over when the minutes are stops there. Entries are chosen on corpus/valid.txt. --final also judges them
-on corpus/test.txt, on which nothing is tuned.
+a short run that measures the speed do not count. The measured speed sets --train_steps, so that a decay ends in time. A
+run that is not finished when the minutes are over stops there. Entries are chosen on corpus/valid.txt. --final also
+judges them on corpus/test.txt, on which nothing is tuned.
 
-Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes, so that vocabularies
-compare; a vocabulary that does not know some of the text has it easier there, and the table says how much.
+Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes, which makes
+vocabularies comparable. Text that a vocabulary does not know is easier to predict; the table gives its share.
 
-Each judgement adds a line to the csv. Runs that stand there are not made again. Without seeds it prints the table only.
+Each judgement adds a line to the csv. Runs that the csv already holds are not made again. Without seeds the program
+only prints the table.
 """
 
 import argparse
@@ -44,7 +45,7 @@ COLUMNS = (
     "machine", "commit", "date",
 )  # fmt: skip
 FIXED = ("data", "valid", "seed", "train_steps", "num_step", "output_dir", "resume", "init_checkpoint", "eval_only")
-KEY = ("flags", "minutes", "seed", "judged_on", "text")  # what makes a run another one
+KEY = ("flags", "minutes", "seed", "judged_on", "text")  # columns that identify a run
 
 
 class Entry(NamedTuple):
@@ -69,7 +70,7 @@ ENTRIES = {
 
 
 class Score(NamedTuple):
-    """What a model knows of a text."""
+    """The score of a model on a text."""
 
     loss: float  # nats per predicted token
     bits_per_byte: float
@@ -77,7 +78,7 @@ class Score(NamedTuple):
 
 
 def judge(run: main.Run, path: str) -> Score:
-    """Return the score of a run's model on a text: windows, orders and targets of default flags."""
+    """Return the score of a run's model on a text, with the windows, orders and targets of default flags."""
     argv = ["--tokenizer", run.args.tokenizer, "--valid", path]
     for name in main.SHAPE:
         argv += [f"--{name}", str(getattr(run.args, name))]
@@ -93,7 +94,7 @@ def judge(run: main.Run, path: str) -> Score:
 
 
 def train(argv: Sequence[str], seconds: float) -> tuple[main.Run, int, float]:
-    """Train for so many seconds at most; return the run, its updates and its seconds."""
+    """Train for at most `seconds`; return the run, its updates and its seconds."""
     n_updates = learning.steps_within(lambda: main.prepare([*argv, "--train_steps", str(flags.MOST_STEPS)]), seconds)
     run = main.prepare([*argv, "--train_steps", str(n_updates)])
     begin = time.perf_counter()
@@ -114,12 +115,12 @@ class Attempt(NamedTuple):
     seed: int
 
     def folder(self, save: Path) -> Path:
-        """Return where the weights go."""
+        """Return the folder for the weights."""
         return save / f"{learning.slug(self.entry or self.flags)}-{self.minutes:g}-{self.seed}"
 
 
 def make_rows(attempt: Attempt, text: str, options: argparse.Namespace) -> list[dict[str, str]]:
-    """Train an entry and judge it on each text; return its rows of the csv, in which `text` names the texts."""
+    """Train an entry and judge it on each text; return its rows for the csv; text: name of the texts there."""
     argv = ["--data", options.data, "--seed", str(attempt.seed), *attempt.flags.split()]
     run, n_updates, seconds = train(argv, 60 * attempt.minutes)
     if options.save:
@@ -156,8 +157,8 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
     groups: dict[tuple[str, str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["entry"], row["minutes"], row["judged_on"], row["flags"]), []).append(row)
-    by_minutes_and_loss = sorted(groups.items(), key=lambda item: (float(item[0][1]), mean(item[1], "loss")))
-    for (entry, minutes, judged_on, entry_flags), runs in by_minutes_and_loss:
+    by_minutes_and_bits = sorted(groups.items(), key=lambda item: (float(item[0][1]), mean(item[1], "bits_per_byte")))
+    for (entry, minutes, judged_on, entry_flags), runs in by_minutes_and_bits:
         spread = f"{statistics.stdev(float(run['loss']) for run in runs):.3f}" if len(runs) > 1 else ""
         why = ENTRIES[entry].why if entry in ENTRIES else ""
         print(
@@ -200,14 +201,14 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_entry(words: str) -> None:
-    """Raise UserError if an entry is neither a name nor flags of main.py, or changes what is judged or how long."""
+    """Raise UserError if an entry is neither a name nor flags of main.py, or if it changes a flag in FIXED."""
     if words not in ENTRIES and not words.startswith("-"):
         raise UserError(f"--entries {words!r} is no name of an entry; give flags, or one of {', '.join(ENTRIES)}")
     given, defaults = vars(flags.parse(find_entry(words).split())), vars(flags.parse([]))
     for name in FIXED:
         if given[name] != defaults[name]:
             raise UserError(f"--entries {words!r}: --{name} is set by record.py; leave it out")
-    main.read_flags(find_entry(words).split())  # which checks the values
+    main.read_flags(find_entry(words).split())  # checks the values
 
 
 def find_entry(words: str) -> str:
@@ -229,7 +230,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     if options.save:
         learning.check_folders(options.save, [attempt.folder(options.save) for attempt in missing])
     for attempt in missing:
-        new = make_rows(attempt, text, options)
+        new = [row for row in make_rows(attempt, text, options) if tuple(row[name] for name in KEY) not in made]
         learning.append(options.csv, new, COLUMNS)
         rows += new
     print_table([row for row in rows if row["text"] == text])

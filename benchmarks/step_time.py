@@ -1,17 +1,17 @@
-"""Time and memory of one training step: this XLNet beside transformers' XLNetLMHeadModel.
+"""Measure time and memory of one training step, for this XLNet and transformers' XLNetLMHeadModel.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --growth --dropout 0
     python benchmarks/step_time.py --device cuda --shapes base --batch_size 8 32 --bf16 --compile
 
 Both models get the same windows of data.txt, start from the same weights, carry their own memory, and make the same
-step: forward, loss, backward, clipping, fused AdamW; --dropout, --bf16 and --compile apply to both, and so does what
-main.py sets for speed (`set_matmul_precision` and `keep_freed_memory`). Each has a process of its own. Their steps
-alternate, so that a noisy machine disturbs both alike; the table gives medians with the quartiles around them. Peak
-memory on a CPU is what the process needs above what it needed before the model was built; on a GPU it is the most that
-PyTorch had allocated. FLOP are counted in our step: two for a multiplication and an addition in a matrix product.
-MFU = FLOP / seconds of our step / FLOP/s of a product of two large matrices, which is measured first. gpu.py has the
-MFU of what NVIDIA states.
+step: forward, loss, backward, clipping, fused AdamW. --dropout, --bf16 and --compile apply to both, and so do the
+settings of main.py for speed (`set_matmul_precision` and `keep_freed_memory`). Each model has its own process. Their
+steps alternate, so that a noisy machine disturbs both alike; the table gives medians and quartiles. Peak memory on a
+CPU is the growth of the process's peak since before the model was built; on a GPU it is the most that PyTorch had
+allocated. FLOP are counted in our step: two for a multiplication and an addition in a matrix product.
+MFU = FLOP / seconds of our step / FLOP/s of a product of two large matrices, which is measured first. gpu.py gives the
+MFU relative to the FLOP/s that NVIDIA states.
 """
 
 import argparse
@@ -58,7 +58,7 @@ MAX_WINDOWS = 8
 def load_batches(args: argparse.Namespace, device: str) -> tuple[corpus.Vocabulary, list[dict[str, Tensor]]]:
     """Return the vocabulary, and the first windows of two copies of data.txt, with args.batch_size copies of each.
 
-    The model of default shape that comes with them is small, so peak memory still says what ours needs.
+    main.prepare also builds a model of default shape, which is too small to distort the peak memory.
     """
     windows = ("seq_len", "reuse_len", "perm_size", "num_predict")
     argv = ["--device", "cpu", "--data", *args.data, *args.data]  # one copy is too short for windows of 4,096 tokens
@@ -73,7 +73,7 @@ def load_batches(args: argparse.Namespace, device: str) -> tuple[corpus.Vocabula
 
 
 def build(name: str, vocab: corpus.Vocabulary, args: argparse.Namespace) -> nn.Module:
-    """Return the model of that name, with the same weights for both."""
+    """Return the model of that name; both models have the same weights."""
     torch.manual_seed(0)
     ours = main.make_model(args, vocab, None, XLNet)
     if name == "ours":
@@ -98,7 +98,7 @@ def build(name: str, vocab: corpus.Vocabulary, args: argparse.Namespace) -> nn.M
 
 
 def inputs_for(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same window in the layout and under the names of either model."""
+    """Return a batch in the named model's layout and under its names."""
     if name == "ours":
         return {key: value for key, value in batch.items() if key not in ("target", "target_mask")}
     positions = batch["target_mapping"].t()  # [bsz, num_predict]
@@ -114,7 +114,7 @@ def inputs_for(name: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def train_steps(
     name: str, vocab: corpus.Vocabulary, batches: list[dict[str, Tensor]], args: argparse.Namespace
 ) -> Iterator[float]:
-    """Make one training step at each next(), over the windows again and again; yield its seconds."""
+    """Make one training step at each next(), cycling through the windows; yield its seconds."""
     device = batches[0]["inp_k"].device
     model = build(name, vocab, args).to(device)
     if args.compile:
@@ -139,18 +139,18 @@ def train_steps(
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        if not norm.isfinite():  # a step that cannot learn has no time
+        if not norm.isfinite():  # do not time a step that cannot learn
             raise RuntimeError(f"the norm of the gradient of {name} is {norm.item()}")
         yield seconds
 
 
 def warm_up(args: argparse.Namespace) -> int:
-    """Return the steps after which the memory is full, and everything is compiled and allocated."""
+    """Return the number of steps after which the memory is full, and everything is compiled and allocated."""
     return 2 + math.ceil(args.mem_len / args.reuse_len)
 
 
 def peak_rss() -> float:
-    """Return the most memory that this process has had, in MB."""
+    """Return the peak memory of this process, in MB."""
     if sys.platform == "linux":  # getrusage would count what the parent had when it started this process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**10
@@ -167,7 +167,7 @@ STARTED: list[Iterator[float]] = []  # the steps of this process, which trains o
 def start(name: str, args: argparse.Namespace, device: str) -> float:
     """Build a model in this process and make the steps of the warm-up.
 
-    -> the MB by which the peak of this process grows meanwhile, or the peak of the GPU
+    -> MB: on a CPU the growth of the peak of this process meanwhile, on a GPU the peak of the GPU
     """
     vocab, batches = load_batches(args, device)
     processes.set_matmul_precision(torch.device(device))
@@ -258,7 +258,7 @@ def print_row(name: str, seconds: dict[str, list[float]], memory: dict[str, floa
 
 
 def milliseconds(quartiles: np.ndarray) -> str:
-    """Return a median and the quartiles around it, as text; quartiles: seconds."""
+    """Return a median and its quartiles in milliseconds, as text; quartiles: seconds."""
     low, middle, high = 1000 * quartiles
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 

@@ -9,8 +9,8 @@ vocabulary, or a name at the hub such as xlnet/xlnet-base-cased. Three or more u
 predicts each blank from the rest of TEXT, and from the memory of --context; the other blanks of TEXT, one piece each,
 are hidden.
 
-The model is told how many pieces a blank has, by their positions. So the probabilities of all fillings of one length
-add up to 1, and a probability compares fillings of the same length. The column "nats/piece" is -log(probability) /
+The positions tell the model how many pieces a blank has. So the probabilities of all fillings of one length add up to
+1, and a probability compares fillings of the same length. The column "nats/piece" is -log(probability) /
 length. It puts lengths on one scale but favours long words, whose last pieces follow from the first. Neither number
 says how likely a length is.
 
@@ -20,7 +20,7 @@ pretraining most of a window is given, and here the first pieces of an order see
 
 transformers' pipeline "fill-mask" is wrong for XLNet, and does not say so. It puts <mask> into the text and reads the
 content stream there, without target_mapping. No text in pretraining holds a <mask>, and the content stream is trained
-to encode a token, not to predict it. In transformers this gives the probabilities of fill_blank.py:
+to encode a token, not to predict it. With transformers, these lines give the probabilities of fill_blank.py:
 
     import torch
     from transformers import AutoTokenizer, XLNetLMHeadModel
@@ -74,7 +74,7 @@ class Filling(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the flags, and print the fillings or the score that they ask for."""
-    if hasattr(sys.stdout, "reconfigure"):  # a piece may hold what the terminal's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a piece may hold characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     with mistakes_in_one_line("fill_blank.py"):
         args = parse(argv)
@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_text(text: str, is_score: bool) -> None:
-    """Raise UserError if a text is empty or not UTF-8, or lacks a blank, or has one that a score does not allow."""
+    """Raise UserError if a text is empty, is not UTF-8, lacks a blank, or has a blank although it is to be scored."""
     if not text.strip():
         raise UserError(f"TEXT {text!r} is empty; give a sentence")
     try:
@@ -165,14 +165,14 @@ def check_text(text: str, is_score: bool) -> None:
 
 
 def check_special_pieces(text: str, tokenizer: Tokenizer) -> None:
-    """Raise UserError if a text spells a special piece: it would not be read as text."""
+    """Raise UserError if a text contains a special piece, which would not be read as text."""
     for piece in (*tokenizer.special, "[MASK]", "<mask>"):
         if piece in tokenizer.vocab and piece in text:
             raise UserError(f"TEXT {text!r} holds the special piece {piece}; leave it out, and write ___ for a blank")
 
 
 def load(name: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
-    """Return the model, tokenizer and vocabulary of a model, by its folder, that of a run, or its name at the hub.
+    """Return the model, tokenizer and vocabulary of a model folder, a run folder, or a name at the hub.
 
     The model reads forwards, with one row, even if it was trained with bi_data.
     """
@@ -202,7 +202,7 @@ def load(name: str) -> tuple[XLNet, Tokenizer, Vocabulary]:
 def split_at_blanks(text: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the ids before, between and after the blanks of a text: one list more than there are blanks.
 
-    Raises UserError if a blank takes only a part of a word, and the tokenizer cannot know how the rest continues it.
+    Raises UserError if a blank covers only a part of a word, and the tokenizer cannot know how the rest continues it.
     """
     parts = BLANK.split(text)
     ids = []
@@ -216,7 +216,7 @@ def split_at_blanks(text: str, tokenizer: Tokenizer) -> list[list[int]]:
                         f"TEXT {text!r}: a blank takes a part of a word; put spaces around it, for whole words"
                     )
         pieces = tokenizer.tokenize(part)
-        if touches_left and pieces and pieces[0].startswith("▁"):  # the mark means a space, and there is none
+        if touches_left and pieces and pieces[0].startswith("▁"):  # the mark means a space, but there is none
             first = pieces[0].removeprefix("▁")
             pieces[:1] = [first] if first in tokenizer.vocab else list(first)
         ids.append(tokenizer.convert_tokens_to_ids(pieces))
@@ -247,8 +247,8 @@ def read_context(model: XLNet, ids: np.ndarray) -> list[Tensor] | None:
 
     The model reads chunks of reuse_len pieces, as many as it caches of a window in pretraining: a whole chunk becomes
     memory. The last chunk ends with the text. Each layer sees mem_len pieces before a chunk, so a piece more than
-    n_layer * (mem_len + reuse_len) before the end has no influence; only the pieces after it are read. The config.json
-    of the released models does not set the two; XLNet's defaults, 384 and 256, are those of their pretraining.
+    n_layer * (mem_len + reuse_len) before the end has no influence; only later pieces are read. The config.json of the
+    released models sets neither mem_len nor reuse_len; XLNet's defaults, 384 and 256, are those of their pretraining.
 
     ids: [n_tokens] int, at least one
     """
@@ -271,7 +271,7 @@ def log_probabilities(
     """Return the log-probability of every piece at some positions, by the query stream.
 
     ids: [len, bsz] int; rank: [len] int, the place of each position in the order, -1 = given
-    positions: of pieces to predict. A position sees given pieces and lower ranks
+    positions: the positions to predict. A position sees given pieces and lower ranks
     mems: list of n_layer [mlen, 1, d_model], or None
     -> [n_positions, bsz, n_token]
     """
@@ -293,9 +293,9 @@ def log_probabilities(
 
 
 def lay_out(parts: list[list[int]], blank: int, length: int, hidden_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids and ranks of a text in which one blank has `length` pieces and the others one.
+    """Return the ids and ranks of a text in which one blank has `length` pieces and the others have one.
 
-    The text is given. The pieces of the blank follow from left to right; the other blanks come last, so that nobody
+    The text is given. The pieces of the blank follow from left to right; the other blanks come last, so that no piece
     sees them. "the ___ of ___ states", blank 0 with two pieces:
 
         ids    the  ?  ?  of  ?  states        ? = hidden_id
@@ -323,8 +323,8 @@ def fill(
 ) -> tuple[Tensor, Tensor]:
     """Return the likeliest fillings of a blank with `length` pieces, by a beam search from left to right.
 
-    width: fillings that the search keeps; if it is at least n_token ** (length - 1), none is missed
-    the other arguments as of `lay_out`; mems as of `log_probabilities`
+    width: fillings that the search keeps; if width is at least n_token ** (length - 1), none is missed
+    the other arguments as in `lay_out`; mems as in `log_probabilities`
     -> log_p: [n] joint log-probabilities, the largest first, n at most width; pieces: [n, length] their ids
     """
     ids, rank = lay_out(parts, blank, length, hidden_id)
@@ -351,7 +351,7 @@ def fillings(
     mems: list[Tensor] | None,
     top: int,
 ) -> list[Filling]:
-    """Return the `top` likeliest fillings of a blank with `length` pieces; the other arguments as of `fill`."""
+    """Return the `top` likeliest fillings of a blank with `length` pieces; the other arguments as in `fill`."""
     log_p, ids = fill(model, parts, blank, length, hidden_id, mems, width=max(BEAM, top))
     return [
         Filling(tokenizer.convert_ids_to_tokens(pieces), value)
@@ -360,9 +360,9 @@ def fillings(
 
 
 def score(model: XLNet, ids: list[int], mems: list[Tensor] | None, n_orders: int, seed: int) -> np.ndarray:
-    """Return the log-probability of a text by each of n_orders random factorization orders, in nats: [n_orders].
+    """Return the log-probability of a text in each of n_orders random factorization orders, in nats: [n_orders].
 
-    ids: of the text; mems as of `log_probabilities`
+    ids: of the text; mems as in `log_probabilities`
     Source: the paper, section 2.2, equation (3).
     """
     rng = np.random.default_rng(seed)
@@ -370,13 +370,13 @@ def score(model: XLNet, ids: list[int], mems: list[Tensor] | None, n_orders: int
 
 
 def score_by_order(model: XLNet, ids: list[int], rank: np.ndarray, mems: list[Tensor] | None) -> float:
-    """Return the log-probability of a text by one order, in nats; rank: [len], the place of each piece in the order."""
+    """Return the log-probability of a text in one order, in nats; rank: [len], the place of each piece in the order."""
     text = torch.tensor(ids)[:, None]  # [len, 1]
     log_p = log_probabilities(model, text, rank, range(len(ids)), mems)  # [len, 1, n_token]
     return log_p.gather(2, text[:, :, None]).sum(dtype=torch.float64).item()
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- output
 
 
 def show_fillings(

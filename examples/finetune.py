@@ -4,10 +4,10 @@
     python examples/finetune.py out/checkpoint-1400 sentences.tsv --valid held_out.tsv --output_dir classifier
     python -c "import transformers; print(transformers.pipeline('text-classification', 'classifier')('A sentence.'))"
 
-A file has one example a line, in UTF-8. Its first line decides how it is read. Columns are separated by tabs if that
-line has a tab, else by commas. If it has a cell `label` and a cell `text` or `sentence`, it names the columns, and
-other columns are ignored; otherwise there are no names, and text and label are the first two columns. Between commas a
-text may stand in quotes, as spreadsheets write it; between tabs quotes are ordinary characters.
+A file is UTF-8 text with one example a line. The first line decides the format. If it has a tab, tabs separate the
+columns, otherwise commas. If it has a cell `label` and a cell `text` or `sentence`, it is a header, and other columns
+are ignored; otherwise there is no header, and the first two columns are text and label. In a file with commas a text
+may stand in quotes, as spreadsheets write it; in a file with tabs quotes are ordinary characters.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the flags and fine-tune as they say."""
+    """Read the flags and fine-tune."""
     with mistakes_in_one_line("finetune.py"):
         finetune(parse(argv))
 
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def finetune(args: argparse.Namespace) -> None:
     """Fine-tune a checkpoint, and print loss and validation accuracy after each epoch.
 
-    Raises UserError if a flag, a file or a missing package stands in the way.
+    Raises UserError for a wrong flag, a file that cannot be used, or a missing package.
     """
     refuse_used_folder(args.output_dir)
     train, valid = read_examples_of(args)
@@ -158,15 +158,15 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def default_learning_rate(config: Any) -> float:
-    """Return the learning rate for a width: a power of it through 2e-3 at 32, and near the paper's 2e-5 at 768.
+    """Return the learning rate for a width: a power law with 2e-3 at width 32, near the paper's 2e-5 at width 768.
 
-    At width 32 a rate twice as large gained little and one four times as large learnt nothing.
+    At width 32, twice this rate gained little, and with four times this rate the model learnt nothing.
     """
     return 2e-3 * (32 / config.hidden_size) ** 1.5
 
 
 def warm_up_and_decay(n_updates: int) -> Callable[[int], float]:
-    """Return the function from the number of updates made to the share of the peak that the next one has."""
+    """Return a function from the number of updates made to the next update's share of the peak learning rate."""
     n_warmup = max(1, round(WARMUP * n_updates))
 
     def share(n_made: int) -> float:
@@ -176,7 +176,7 @@ def warm_up_and_decay(n_updates: int) -> Callable[[int], float]:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, labels: list[str], max_len: int) -> Any:
-    """Return the arguments of the model for a batch, padded on the side that the tokenizer wants.
+    """Return the arguments of the model for a batch, padded on the side that the tokenizer sets.
 
     -> input_ids, token_type_ids, attention_mask (1 = token, 0 = padding): [batch, longest text]; labels: [batch]
     """
@@ -190,7 +190,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, labels: list[str], max_l
 def accuracy(
     model: torch.nn.Module, tokenizer: Any, examples: Sequence[Example], labels: list[str], args: argparse.Namespace
 ) -> float:
-    """Return the share of examples whose label the model finds."""
+    """Return the share of examples whose label the model predicts."""
     model.eval()
     n_correct = 0
     for start in range(0, len(examples), args.batch_size):
@@ -203,9 +203,9 @@ def accuracy(
 
 
 def read_examples_of(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """Return the examples to train on and those to validate on; say how many are held out if --valid is not given.
+    """Return the training and validation examples; without --valid, hold some out and print how many.
 
-    Raises UserError if a file cannot be used, there is one label only, or --valid has a label that training lacks.
+    Raises UserError if a file cannot be used, there is only one label, or --valid has a label that training lacks.
     """
     train = read_examples(args.train, "train_file")
     labels = {example.label for example in train}
@@ -226,9 +226,9 @@ def read_examples_of(args: argparse.Namespace) -> tuple[list[Example], list[Exam
 
 
 def read_examples(path: str, flag: str) -> list[Example]:
-    """Return the examples of a file, as the text at the top of this program says.
+    """Return the examples of a file; the docstring of this module describes the format.
 
-    Raises UserError if it cannot be read, has no example, no such columns, or a line without text or label.
+    Raises UserError if it cannot be read, has no example, lacks a column, or has a line without text or label.
     """
     csv.field_size_limit(2**31 - 1)
     try:
@@ -280,9 +280,9 @@ def read_examples(path: str, flag: str) -> list[Example]:
 
 
 def find_checkpoint(name: str) -> Path:
-    """Return the folder of a model: the one named, the newest checkpoint in it, or one of the hub.
+    """Return the folder of a model: the named folder, the newest checkpoint in it, or a model from the hub.
 
-    Raises UserError if it holds none.
+    Raises UserError if the folder holds no model.
     """
     folder = Path(find_model(name, "checkpoint"))
     if not (folder / "config.json").is_file():
@@ -313,13 +313,13 @@ def open_folder(output_dir: str) -> None:
 def load(checkpoint: Path, labels: list[str]) -> tuple[Any, Any]:
     """Return the tokenizer and the model of a checkpoint, with a new head for these labels, on the CPU.
 
-    Raises UserError if transformers is missing or cannot load them, or weights below the head are missing.
+    Raises UserError if transformers is missing or cannot load them, or if weights below the head are missing.
     """
     try:
         import transformers
     except ImportError:
         raise UserError("this program needs a package that is not here; pip install 'transformers>=5,<6'") from None
-    transformers.logging.set_verbosity_error()  # it would report the head as missing: here that is no news
+    transformers.logging.set_verbosity_error()  # it would report the missing head, which is expected here
     transformers.logging.disable_progress_bar()
     id2label = dict(enumerate(labels))
     try:

@@ -1,12 +1,12 @@
-"""Train a vocabulary of your own text, for main.py --tokenizer.
+"""Train a vocabulary on your own text, for main.py --tokenizer.
 
     pip install sentencepiece
     python examples/make_vocabulary.py my.txt --output_dir vocabulary --size 8000
     python main.py --data my.txt --tokenizer vocabulary
 
 Capitals and accents are kept, because in most languages they tell words apart: without accents the Japanese ga is ka,
-and German schon and schön are one word. The released XLNet models keep capitals and strip accents: --keep_accents
-False. A vocabulary of WordPiece, as BERT has it, needs `pip install tokenizers` and --kind wordpiece.
+and German schon and schön are one word. The released XLNet models keep capitals and strip accents; --keep_accents False
+does the same. A WordPiece vocabulary like that of BERT needs `pip install tokenizers` and --kind wordpiece.
 """
 
 import argparse
@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import UserError, corpus, flags, mistakes_in_one_line
 
-# Ids 0 to 2 are <unk>, <s> and </s>. These follow in the order of the released models; the second list can occur in a
-# text. Source: official README, spm_train.
+# Ids 0 to 2 are <unk>, <s> and </s>. These follow in the order of the released models; pieces of the second list can
+# occur in a text. Source: official README, spm_train.
 CONTROL_SYMBOLS = ["<cls>", "<sep>", "<pad>", "<mask>", "<eod>"]
 USER_DEFINED_SYMBOLS = ["<eop>", ".", "(", ")", '"', "-", "–", "£", "€"]
 CHARACTER_COVERAGE = 0.99995  # share of the text whose characters become pieces; rarer characters are unknown
 BERT_SYMBOLS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART = 4096  # characters; a longer line is sampled and trained on in parts
-BYTES_A_MINUTE = 20_000_000  # that SentencePiece trains on, on one core
-REPORT = 1_000_000  # characters of the sample on which the finished vocabulary is tried
+BYTES_A_MINUTE = 20_000_000  # of text on which SentencePiece trains, on one core
+REPORT = 1_000_000  # characters of the sample on which the finished vocabulary is tested
 SKIPPED = re.compile("[\0▅]")  # SentencePiece drops a line with one of these characters
-OTHER_FILES = ("tokenizer.json", "tokenizer_config.json")  # they change what a vocabulary beside them does
+OTHER_FILES = ("tokenizer.json", "tokenizer_config.json")  # they change how a vocabulary beside them works
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_vocabulary(args: argparse.Namespace) -> None:
     """Train a vocabulary, write it into its folder, and print how well it fits the text.
 
-    Raises UserError if a flag, a file or a missing package stands in the way.
+    Raises UserError for a wrong flag, a file that cannot be used, or a missing package.
     """
     if args.kind == "wordpiece" and args.keep_accents is not None and args.keep_accents == args.lower_case:
         raise UserError(
@@ -116,7 +116,7 @@ def make_vocabulary(args: argparse.Namespace) -> None:
 
 
 def announce(args: argparse.Namespace, n_used: int, n_bytes: int) -> None:
-    """Say what is trained on how much text; SentencePiece tells nothing until it is done."""
+    """Print how many pieces are trained on how much text; SentencePiece prints nothing until it is done."""
     line = f"training {args.size:,} pieces on {n_used:,} of {n_bytes:,} bytes of text"
     minutes = n_used / BYTES_A_MINUTE
     if args.kind == "sentencepiece" and minutes > 1:
@@ -133,7 +133,7 @@ def require_package(package: str, kind: str) -> None:
 
 
 def open_folder(output_dir: str) -> Path:
-    """Make the folder of a vocabulary; raise UserError if it holds one already or cannot be written to."""
+    """Make the folder of a vocabulary; raise UserError if it already holds one or cannot be written to."""
     folder = Path(output_dir)
     for name in (corpus.SentencePiece.saved_name, corpus.WordPiece.saved_name, *OTHER_FILES):
         if (folder / name).exists():
@@ -158,9 +158,9 @@ def size_of(path: str) -> int:
 
 
 def sample(paths: Sequence[str], n_bytes: int, limit: int) -> list[str]:
-    """Return lines of files, in their order: all, or each with the same chance if they are larger than the limit.
+    """Return the lines of files in order: all of them, or a random sample if the files exceed the limit.
 
-    The same files give the same lines. A line longer than PART counts as several lines.
+    Each line has the same chance, and the same files give the same lines. A line longer than PART counts as several.
 
     n_bytes: size of all files together; limit: largest size of the result in bytes, without line ends
     Raises UserError if a file cannot be read, is not UTF-8, or none holds text.
@@ -182,7 +182,7 @@ def sample(paths: Sequence[str], n_bytes: int, limit: int) -> list[str]:
 
 
 def read_lines(path: str, progress: tqdm) -> Iterator[str]:
-    """Yield the lines of a file, a line longer than PART in parts; never hold more than a chunk of it.
+    """Yield the lines of a file, lines longer than PART in parts; never hold more than a chunk of the file.
 
     Raises UserError if the file cannot be read or is not UTF-8.
     """
@@ -204,7 +204,7 @@ def read_lines(path: str, progress: tqdm) -> Iterator[str]:
 
 
 def parts(line: str) -> list[str]:
-    """Return a line in parts of at most PART characters; they end after a space where one is near enough."""
+    """Return a line in parts of at most PART characters, split after a space where possible."""
     result = []
     start = 0
     while len(line) - start > PART:
@@ -218,7 +218,7 @@ def parts(line: str) -> list[str]:
 
 
 class Treatment(corpus.SentencePiece):
-    """How a SentencePiece tokenizer treats text, for a model that is yet to be trained."""
+    """The text treatment of a SentencePiece tokenizer whose model is not yet trained."""
 
     def __init__(self, keep_accents: bool, lower_case: bool):
         self.config = {"do_lower_case": lower_case, "keep_accents": keep_accents}
@@ -263,7 +263,7 @@ def train_sentence_piece(lines: Sequence[str], folder: Path, args: argparse.Name
 
 
 def wrong_size(size: int, message: str) -> UserError | None:
-    """Return the error that tells the user what SentencePiece says about the size, or None if it says nothing."""
+    """Return the error for the user if SentencePiece's message is about the size, otherwise None."""
     if most := re.search(r"Vocabulary size too high .* <= (\d+)", message):
         return UserError(f"--size {size} is too large for this text; give at most {most[1]}, or more text")
     if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
@@ -275,7 +275,7 @@ def wrong_size(size: int, message: str) -> UserError | None:
 
 
 def train_word_piece(lines: Sequence[str], folder: Path, args: argparse.Namespace) -> None:
-    """Write vocab.txt, which has fewer pieces than --size if the text has no more."""
+    """Write vocab.txt; it has fewer pieces than --size if the text does not yield more."""
     import tokenizers
 
     trainer = tokenizers.BertWordPieceTokenizer(lowercase=args.lower_case, strip_accents=args.lower_case)
@@ -284,7 +284,7 @@ def train_word_piece(lines: Sequence[str], folder: Path, args: argparse.Namespac
         vocab_size=args.size,
         special_tokens=BERT_SYMBOLS,
         limit_alphabet=args.size // 4,  # a character may become two pieces, one of them with ##
-        initial_alphabet=[] if args.lower_case else ["A"],  # without any capital a vocab.txt is taken for lower-case
+        initial_alphabet=[] if args.lower_case else ["A"],  # a vocab.txt without any capital is taken for lower-case
         show_progress=sys.stderr.isatty(),
     )
     ids = trainer.get_vocab()

@@ -1,4 +1,4 @@
-"""Print a factorization order over a text, its targets, and who must not see whom in either stream.
+"""Print a factorization order over a text, its targets, and who sees whom in either stream.
 
     python examples/show_order.py --text "the cat sat on the mat" --seed 0
 
@@ -69,23 +69,28 @@ def show(pieces: list[str], rank: np.ndarray, is_target: np.ndarray) -> None:
     predicted = ", ".join(pieces[i] for i in np.flatnonzero(is_target))
     print(f"order: {in_order}; to be predicted: {predicted}\n")
 
-    query_mask = data_utils.ranks_to_mask(rank, is_target).astype(int)  # [len, len] 1 = must not see
-    content_mask = query_mask * (1 - np.eye(len(pieces), dtype=int))  # the content stream sees itself
+    query_sees = data_utils.ranks_to_mask(rank, is_target) == 0  # [len, len] bool
+    content_sees = query_sees | np.eye(len(pieces), dtype=bool)  # the content stream sees itself
     columns = join(i % 10 for i in range(len(pieces)))
     table = [
-        ("", "", "place", "content stream", "query stream: 1 = must not see"),
+        ("", "", "place", "content stream", "query stream: x = sees, . = must not see"),
         ("", "", "", columns, columns),
     ]
     for i, piece in enumerate(pieces):
         place = str(order.index(i) + 1) if i in order else "given"
-        query_line = join(query_mask[i]) if is_target[i] else ""  # only a target has a query stream
-        table.append((str(i), piece, place, join(content_mask[i]), query_line))
+        query_line = join(mark(query_sees[i])) if is_target[i] else ""  # only a target has a query stream
+        table.append((str(i), piece, place, join(mark(content_sees[i])), query_line))
     print_table(table)
 
 
-def join(numbers: Iterable[int]) -> str:
-    """Return numbers in one line."""
-    return " ".join(map(str, numbers))
+def mark(sees: np.ndarray) -> list[str]:
+    """Return a mark for each position: x = seen."""
+    return np.where(sees, "x", ".").tolist()
+
+
+def join(cells: Iterable[int | str]) -> str:
+    """Return cells in one line."""
+    return " ".join(map(str, cells))
 
 
 def print_table(lines: list[tuple[str, ...]]) -> None:

@@ -1,9 +1,9 @@
-"""A variant of XLNet in a few lines: the targets of a window in reading order instead of a random one.
+"""A variant of XLNet in a few lines: it predicts the targets of a window in reading order, not in a random one.
 
     python examples/variant.py --data my.txt --output_dir out
 
-It takes all flags of main.py. Each target still sees all given tokens, but of the targets only those before it in the
-text. To change the model instead, derive a class from xlnet.XLNet and give it as model_class.
+It takes all flags of main.py. Each target still sees all given tokens, but only those targets that precede it in the
+text. To change the model instead, derive a class from xlnet.XLNet and pass it as model_class.
 """
 
 import sys

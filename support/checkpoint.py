@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified by checksums, found and loaded again.
+"""Checkpoints: save them atomically, verify their checksums, find and load them.
 
 out/checkpoint-<step>/
     config.json, model.safetensors      the model, as Hugging Face has it
@@ -8,7 +8,7 @@ out/checkpoint-<step>/
 out/abandoned-<n>/                      checkpoints and metrics.csv of steps that were made again; a run's folder too
 out/.lock                               held by the process that writes to the folder
 
-The checkpoints in a run's folder are those of one line of training: `set_aside` moves all others away.
+The checkpoints in a run's folder belong to one history of training: `set_aside` moves all others away.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from support.corpus import sha256
 
 NEEDED = {"model.safetensors", "trainer_state.pt"}
 OF_PROCESS = ("gradients", "torch_rng", "device", "device_rng")
-LOCKS: dict[tuple[int, int], FileLock] = {}  # of the folders that this process writes to, held until it ends
+LOCKS: dict[tuple[int, int], FileLock] = {}  # of the folders that this process writes to; held until it ends
 
 
 class SaveError(Exception):
@@ -43,13 +43,13 @@ class SaveError(Exception):
 
 @dataclasses.dataclass
 class TrainingState:
-    """All that a run needs, beside the weights of the model, to go on to the bit."""
+    """All that a run needs, besides the model's weights, to resume bit-exactly."""
 
-    step: int  # number of steps made so far
+    step: int  # number of steps done so far
     pass_loss: float  # sum of the losses of this pass
-    memory: list[torch.Tensor | None]  # of each turn of rows: [n_layer, mlen, batch_size, d_model]; None before any
+    memory: list[torch.Tensor | None]  # for each turn of rows: [n_layer, mlen, batch_size, d_model]; None = no memory
     optimizer: dict[str, Any]  # the optimizer's state_dict; the state of a parameter that was never updated is None
-    processes: list[dict[str, Any]]  # of each: gradients (of a half done accumulation), torch_rng, device, device_rng
+    processes: list[dict[str, Any]]  # of each: gradients (of an unfinished accumulation), torch_rng, device, device_rng
     flags: dict[str, Any]  # of the command line, by name; paths are absolute
     text: str  # digest of the text
     vocabulary: str  # digest of the vocabulary
@@ -70,9 +70,9 @@ def collect(
     vocabulary: str,
     variant: list[str],
 ) -> TrainingState | None:
-    """Return the state of a run, in the process of rank 0; None in others. Every process must call it.
+    """Return the state of a run in the process of rank 0, None in the others. Every process must call this.
 
-    memory: of each turn of rows, a list of n_layer [mlen, bsz, d_model] for this process's rows, or None
+    memory: for each turn of rows, a list of n_layer [mlen, bsz, d_model] for this process's rows, or None
     members: the places of these rows in a turn
     """
     own = {
@@ -102,12 +102,12 @@ def collect(
 
 
 def device_rng_state(device: torch.device) -> torch.Tensor | None:
-    """Return the random state of an accelerator, None for a CPU, whose state PyTorch keeps by itself."""
+    """Return the random state of an accelerator; None for a CPU, whose state torch.get_rng_state returns."""
     return None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
 
 
 def join_rows(parts: list[dict[str, Any]], turn: int) -> torch.Tensor | None:
-    """Return the memory of a turn's rows in the order of their places, from the parts of all processes.
+    """Join the parts of all processes into the memory of a turn, with the rows in the order of their places.
 
     -> [n_layer, mlen, batch_size, d_model], or None if the turn has no memory
     """
@@ -125,9 +125,9 @@ def restore(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> list[list[torch.Tensor] | None]:
-    """Set optimizer, gradients and random states as `collect` found them; return the memory of this process's rows.
+    """Restore optimizer, gradients and random states as `collect` saved them; return the memory of this process's rows.
 
-    Another number of processes than before draws other dropout, and each takes the mean of all gradients.
+    If the number of processes has changed, dropout differs, and each process takes the mean of all gradients.
     """
     moments = {number: each for number, each in state.optimizer["state"].items() if each is not None}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -151,14 +151,14 @@ def restore(
 
 
 def mean_gradient(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the mean of one parameter's gradients in all processes, which exchange them once an update."""
+    """Return the mean of one parameter's gradients over all processes, which exchange them once per update."""
     return None if any(gradient is None for gradient in gradients) else torch.stack(gradients).mean(dim=0)
 
 
 def open_output_dir(output_dir: str, source: str | None) -> None:
     """Make the folder of a run, and lock it until this process ends.
 
-    source: the checkpoint from which the run goes on, or None
+    source: the checkpoint that the run resumes, or None
     Raises UserError if the folder cannot be written to, another process writes to it, or it holds another run.
     """
     try:
@@ -166,7 +166,7 @@ def open_output_dir(output_dir: str, source: str | None) -> None:
         tempfile.TemporaryFile(dir=output_dir).close()
         if processes.rank() == 0:
             lock(output_dir)
-            for leftover in Path(output_dir).glob(".checkpoint-*"):  # of a process that was killed
+            for leftover in Path(output_dir).glob(".checkpoint-*"):  # left by a killed process
                 remove(leftover)
     except Timeout:
         raise UserError(
@@ -195,21 +195,21 @@ def lock(output_dir: str) -> None:
 
 
 def file_number(path: str) -> tuple[int, int]:
-    """Return what tells a file from all others, whatever its name; no new file gets it while this one is open."""
+    """Return numbers that identify a file under every name; no new file gets them while this one is open."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def run_folder(checkpoint: str) -> str:
-    """Return the real path of the folder in which a checkpoint lies."""
+    """Return the real path of the folder that contains a checkpoint."""
     return os.path.realpath(os.path.dirname(os.path.abspath(checkpoint)))
 
 
 def set_aside(output_dir: str, step: int) -> None:
-    """Move what a folder holds of steps after `step`, which will be made again, into a new folder abandoned-<n>.
+    """Move the checkpoints after `step` into a new folder abandoned-<n>; the run will repeat their steps.
 
-    The copy of metrics.csv there makes it the folder of a run, which --resume can go on with. The newest checkpoint
-    moves last: a process that is killed before has changed nothing about where --resume goes on.
+    The copy of metrics.csv makes it the folder of a run, which --resume can continue. The newest checkpoint moves last:
+    if the process is killed before, --resume still continues from the same checkpoint.
 
     Raises UserError if the folder cannot be written to.
     """
@@ -248,12 +248,12 @@ def step_of(checkpoint: Path) -> int:
 def save(
     output_dir: str | Path, state: TrainingState, model: Any, tokenizer: Any, config: dict[str, Any], limit: int
 ) -> None:
-    """Write checkpoint-<step>, then delete the oldest ones beyond `limit` (0 = keep all).
+    """Write checkpoint-<step>, then delete the oldest checkpoints beyond `limit` (0 = keep all).
 
-    The folder has a temporary name until it is whole and on the disk.
+    The folder has a temporary name until it is complete and on the disk.
 
-    model, tokenizer: what save_pretrained(folder, **config) and save(folder) write into it
-    Raises SaveError if that fails, or a weight is not finite; the earlier checkpoints stay as they are.
+    model, tokenizer: their save_pretrained(folder, **config) and save(folder) write the files
+    Raises SaveError if writing fails or a weight is not finite; earlier checkpoints stay unchanged.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -299,12 +299,12 @@ def remove(path: Path) -> None:
 
 
 def damaged_file(checkpoint: Path) -> str | None:
-    """Return the name of a file that is not as it was written, or None if the checkpoint is whole."""
+    """Return the name of a missing or changed file, or None if the checkpoint is intact."""
     try:
         digests = {}
         for line in (checkpoint / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
             digest, name = line.split("  ")
-            if name in ("", "..") or Path(name).name != name:  # a file of another folder
+            if name in ("", "..") or Path(name).name != name:  # a file in another folder
                 return "SHA256SUMS"
             digests[name] = digest
         if not NEEDED <= set(digests):
@@ -318,10 +318,10 @@ def damaged_file(checkpoint: Path) -> str | None:
 
 
 def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
-    """Return the checkpoint from which a run goes on, and the state in it.
+    """Return the checkpoint that a run resumes, and its state.
 
-    name: of a checkpoint, or of a run's folder, or "" for output_dir: the newest whole one in it
-    Raises UserError if there is none, or what it holds cannot be used.
+    name: a checkpoint, or the folder of a run, or "" for output_dir; in a folder, the newest intact checkpoint is used
+    Raises UserError if there is none, or its content cannot be used.
     """
     if not name and not output_dir:
         raise UserError("--resume needs the folder of a run; give --resume DIR, or --output_dir DIR")
@@ -343,9 +343,9 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
 
 
 def find_model(name: str, flag: str, check: Callable[[str], object] | None = None) -> str:
-    """Return the folder of a model: the one named, the newest checkpoint in the folder of a run, or one of the hub.
+    """Return the folder of a model: the named folder, the newest checkpoint of the named run, or a model from the hub.
 
-    flag: which has this value, for messages; check: see hub.fetch
+    flag: the flag that has this value, for messages; check: see hub.fetch
     Raises UserError if there is no such folder and no such model at the hub.
     """
     if not os.path.isdir(name):
@@ -355,7 +355,7 @@ def find_model(name: str, flag: str, check: Callable[[str], object] | None = Non
 
 
 def load(checkpoint: Path) -> TrainingState:
-    """Return the state in a whole checkpoint.
+    """Return the state in an intact checkpoint.
 
     Raises UserError if it holds more than tensors and plain values, if another version of this project wrote it, or if
     a field has another type than in TrainingState.
@@ -367,7 +367,7 @@ def load(checkpoint: Path) -> TrainingState:
         raise UserError(
             f"--resume: {path} holds more than tensors and plain values and may run code; do not trust this folder"
         ) from None
-    except Exception as error:  # torch.load raises anything for what torch.save has not written
+    except Exception as error:  # torch.load raises anything for a file that torch.save did not write
         raise UserError(f"--resume: {path} cannot be read: {error!r:.200}; resume from another checkpoint") from None
     fields = dataclasses.fields(TrainingState)
     if type(values) is not dict or set(values) != {field.name for field in fields}:
@@ -387,9 +387,9 @@ def load(checkpoint: Path) -> TrainingState:
 
 
 def check_flags(state: TrainingState, checkpoint: str, parse: Callable[[list[str]], argparse.Namespace]) -> None:
-    """Raise UserError if a flag in the state has a value that the command line would not take.
+    """Raise UserError if a flag in the state has a value that the command line would not accept.
 
-    parse: from words to flags, as flags.parse does it
+    parse: turns words into flags, as flags.parse does
     """
     defaults = vars(parse([]))
     known = {name: value for name, value in state.flags.items() if name in defaults}
@@ -417,7 +417,7 @@ def check(
 ) -> None:
     """Raise UserError if an entry of the state does not have the type and shape that this run needs.
 
-    optimizer: as new; memory: of each turn of rows, the shape that the memory must have, or None
+    optimizer: a new one; memory: for each turn of rows, the shape that the memory must have, or None
     """
     groups = []
     for group in optimizer.state_dict()["param_groups"]:
@@ -456,7 +456,7 @@ def check(
 
 
 def expected_rng(process: Any, device: torch.device) -> Any:
-    """Return what `misfit` expects as the random state of an accelerator, in the state of one process."""
+    """Return what `misfit` should expect as the accelerator's random state in the state of one process."""
     kind = process.get("device") if type(process) is dict else None
     if kind == "cpu":
         return Value(None)
@@ -475,7 +475,7 @@ def refuse_misfit(entry: str | None, checkpoint: str | Path) -> None:
 
 @dataclasses.dataclass
 class Array:
-    """What `misfit` expects: a tensor of this shape, of floats or of one dtype."""
+    """Expected by `misfit`: a tensor of this shape, of floats or of the given dtype."""
 
     shape: Sequence[int]
     dtype: torch.dtype | None = None
@@ -488,7 +488,7 @@ class Array:
 
 @dataclasses.dataclass
 class Value:
-    """What `misfit` expects: this plain value."""
+    """Expected by `misfit`: this plain value."""
 
     value: Any
 
@@ -498,13 +498,13 @@ class Value:
 
 @dataclasses.dataclass
 class OrNone:
-    """What `misfit` expects: None, or what `form` says."""
+    """Expected by `misfit`: None, or a value that fits `form`."""
 
     form: Any
 
 
 def misfit(found: Any, expected: Any, name: str = "") -> str | None:
-    """Return the name of the first entry that is not as expected, such as ['memory'][0], or None.
+    """Return the name of the first entry that does not fit, such as ['memory'][0], or None.
 
     expected: a type, an Array, a Value, an OrNone, or a dict or a list of these
     """
@@ -527,12 +527,12 @@ def misfit(found: Any, expected: Any, name: str = "") -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk; a folder too, where the system can do that."""
+    """Wait until a file is on the disk, or a folder where the system can sync one."""
     if not path.is_dir():
         with open(path, "r+b") as file:  # Windows does not sync a file that is open for reading only
             os.fsync(file.fileno())
         return
-    with contextlib.suppress(OSError):  # Windows opens no folder, and some network file systems sync none
+    with contextlib.suppress(OSError):  # Windows cannot open folders; some network file systems cannot sync them
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """Tokenizers, vocabularies, text files -> token ids in a memory-mapped cache.
 
-The way of a text, in reading order:
+The path of a text, in reading order:
 
     load_tokenizer      name or path   -> a WordPiece or a SentencePiece: text -> pieces -> ids
     tokenizer_json      SentencePiece  -> the same tokenizer for transformers, in a checkpoint
@@ -54,7 +54,7 @@ TOKENIZERS = {  # the large models were published with the vocabulary of the bas
 CHUNK = 2**20  # characters read and encoded together
 WORDS = 2**16  # distinct words whose ids a worker process remembers
 CACHED = ("ids", "begins", "documents")  # the arrays of a text on the disk
-LONG_LINES = 10_000  # mean characters of a line; with more, a text can hardly have a sentence on each line
+LONG_LINES = 10_000  # mean characters per line; a text with longer lines hardly has one sentence on each line
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -67,16 +67,16 @@ class SpecialPieces(NamedTuple):
     cls: str  # stands for the whole window
     unk: str  # stands for text that no piece covers
     pad: str
-    bos: str  # what transformers calls the beginning and the end of a sequence
+    bos: str  # beginning and end of a sequence, in the terms of transformers
     eos: str
     eod: str = "<eod>"  # ends a document
 
 
 class Tokenizer:
-    """What all tokenizers have in common.
+    """The interface of all tokenizers.
 
-    Another kind needs these attributes and methods, and a case in `load_tokenizer`. A tokenizer is made from its
-    vocabulary file alone: each worker process makes its own.
+    A new kind needs these attributes and methods, and a case in `load_tokenizer`. Each worker process makes its own
+    tokenizer, from the vocabulary file alone.
     """
 
     special: SpecialPieces
@@ -119,12 +119,12 @@ class Tokenizer:
         write_json(Path(directory) / "tokenizer_config.json", self.saved_config())
 
     def saved_config(self) -> dict:
-        """Return what a checkpoint's tokenizer_config.json says."""
+        """Return the content of a checkpoint's tokenizer_config.json."""
         return self.config
 
 
 class WordPiece(BertTokenizer, Tokenizer):
-    """BERT's tokenizer with a vocab.txt, one piece a line; BertTokenizer has the methods that are not here.
+    """BERT's tokenizer with a vocab.txt, one piece per line; BertTokenizer defines the methods missing here.
 
     A vocabulary with a capital letter in any piece is cased: its text keeps its case.
 
@@ -145,16 +145,16 @@ class WordPiece(BertTokenizer, Tokenizer):
         if content.startswith("\ufeff"):  # it would be a part of the first piece
             raise ValueError(f"{vocab_file} begins with a byte-order mark; save it as UTF-8 without one")
         pieces = content.split()
-        ordinary = (piece for piece in pieces if piece[0] not in "[<")  # [SEP] and its kin say nothing about case
+        ordinary = (piece for piece in pieces if piece[0] not in "[<")  # [SEP] and the like do not show case
         cased = any(piece != piece.lower() for piece in ordinary)
         super().__init__(str(vocab_file), do_lower_case=not cased)
         self.vocab_file = vocab_file
         self.config = {"tokenizer_class": "BertTokenizer", "do_lower_case": not cased}
 
     def saved_config(self) -> dict:
-        """Return what a checkpoint's tokenizer_config.json says.
+        """Return the content of a checkpoint's tokenizer_config.json.
 
-        transformers gives a missing [PAD] or [MASK] an id that the model lacks, unless it is told that there is none.
+        transformers gives a missing [PAD] or [MASK] an id that the model lacks, unless the config sets it to null.
         """
         tokens = {"pad_token": "[PAD]", "mask_token": "[MASK]"}
         return self.config | {name: None for name, piece in tokens.items() if piece not in self.vocab}
@@ -179,7 +179,7 @@ class SentencePiece(Tokenizer):
     splits_at_spaces = False
     cls_is_first = False
     remedy = "make one with examples/make_vocabulary.py"
-    fast_class = "PreTrainedTokenizerFast"  # transformers' class that does what tokenizer.json says
+    fast_class = "PreTrainedTokenizerFast"  # transformers' class that follows tokenizer.json
 
     def __init__(self, vocab_file: Path):
         try:
@@ -196,7 +196,7 @@ class SentencePiece(Tokenizer):
         config_file = vocab_file.with_name("tokenizer_config.json")
         given = read_json_object(config_file) if config_file.is_file() else {}
         self.config |= {name: given[name] for name in ("do_lower_case", "keep_accents") if name in given}
-        self.given_config = given  # as the file beside the model has it
+        self.given_config = given  # the content of the file beside the model
 
     def tokenize(self, text: str) -> list[str]:
         """Return the pieces of a text; a comma after digits is a piece of its own."""
@@ -213,7 +213,7 @@ class SentencePiece(Tokenizer):
         return text.lower() if self.config["do_lower_case"] else text
 
     def split_off_comma(self, piece: str) -> list[str]:
-        """Return a piece such as `19,` as the pieces of its number and a comma; any other piece as it is."""
+        """Split a piece such as `19,` into the pieces of its number and a comma; return any other piece unchanged."""
         ends_number = len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()
         if not ends_number:
             return [piece]
@@ -223,7 +223,7 @@ class SentencePiece(Tokenizer):
         return [part for part in number if part] + [","]
 
     def save(self, directory: str | Path) -> None:
-        """Write the model, tokenizer_config.json, and the tokenizer.json from which transformers' AutoTokenizer reads.
+        """Write the model, tokenizer_config.json, and the tokenizer.json that transformers' AutoTokenizer reads.
 
         A released tokenizer.json beside the model is copied and keeps its tokenizer class.
         """
@@ -234,10 +234,10 @@ class SentencePiece(Tokenizer):
             write_json(Path(directory) / "tokenizer.json", self.tokenizer_json)
 
     def saved_config(self) -> dict:
-        """Return what a checkpoint's tokenizer_config.json says.
+        """Return the content of a checkpoint's tokenizer_config.json.
 
-        transformers' class for XLNet ignores keep_accents and splits a text at more pieces than the special ones, so
-        it is named only where there is no tokenizer.json of ours.
+        transformers' class for XLNet ignores keep_accents and splits a text at more pieces than the special ones.
+        The config therefore names this class only where there is no tokenizer.json of ours.
         """
         if self.released_tokenizer_json is not None:
             return self.config | self.given_config
@@ -255,9 +255,9 @@ class SentencePiece(Tokenizer):
 
     @property
     def released_tokenizer_json(self) -> Path | None:
-        """The tokenizer.json that somebody else wrote for the model, or None.
+        """The tokenizer.json that others wrote for the model, or None.
 
-        One of ours is written again, because its tokenizer_config.json may have been edited since.
+        A tokenizer.json of ours is written again, because its tokenizer_config.json may have been edited since.
         """
         path = self.vocab_file.with_name("tokenizer.json")
         is_of_this_model = self.vocab_file.name == self.saved_name
@@ -270,7 +270,7 @@ class SentencePiece(Tokenizer):
         return tokenizer_json(self.vocab_file.read_bytes(), self.config, self.special.sep, self.special.cls)
 
     def warn_of_surprises(self) -> None:
-        """Warn of pieces with accents if nobody has decided about accents, and of a model that transformers lacks."""
+        """Warn of pieces with accents if keep_accents is not set, and of a model that tokenizer.json cannot express."""
         if self.tokenizer_json is None:
             warn(
                 f"--tokenizer {self.vocab_file} is no unigram model with the usual spaces; transformers' AutoTokenizer "
@@ -331,7 +331,7 @@ def find_vocabulary(directory: Path) -> Path | None:
 
 
 class Vocabulary(NamedTuple):
-    """What the data pipeline and a checkpoint need to know about a tokenizer."""
+    """The facts about a tokenizer that the data pipeline and a checkpoint need."""
 
     size: int  # one more than the largest id
     sep_id: int
@@ -339,7 +339,7 @@ class Vocabulary(NamedTuple):
     pad_id: int | None  # None: the vocabulary has no such piece
     eod_id: int | None  # ends a document; None: the vocabulary has no such piece
     unk_id: int
-    bos_id: int  # what transformers calls the beginning and the end of a sequence
+    bos_id: int  # beginning and end of a sequence, in the terms of transformers
     eos_id: int
     word_start: np.ndarray  # [size] bool, by id: the piece starts a word
     digest: str  # sha256 of the pieces and of the treatment of text
@@ -359,7 +359,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Return the Vocabulary of a tokenizer; warn of what its user may not expect of it.
+    """Return the Vocabulary of a tokenizer; warn of behavior that its user may not expect.
 
     Raises ValueError if it lacks a separator, a class mark or a piece for unknown text.
     """
@@ -408,11 +408,11 @@ class Text(NamedTuple):
     cuts: np.ndarray  # [n_sentences - 1] int64, ascending: where every sentence but the first begins
     documents: np.ndarray  # [n_documents - 1] int64, ascending: where every document but the first begins
     counts: np.ndarray  # [size of the vocabulary] int64: how often each id occurs
-    digest: str  # of the content of its files and of the vocabulary, and of the part if it is one
+    digest: str  # of the content of its files and of the vocabulary; for a part of a text, also of its place
 
 
 def split_off_end(text: Text, share: float) -> tuple[Text, Text]:
-    """Return a text without its last documents, and these: as near to a share of its tokens as documents allow.
+    """Split a text at a document boundary; the second part is as near to the given share of its tokens as possible.
 
     Raises ValueError if the text is one document.
     """
@@ -438,15 +438,15 @@ def split_off_end(text: Text, share: float) -> tuple[Text, Text]:
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Return the loss, in nats per token, of knowing how often each token occurs and nothing else."""
+    """Return the loss, in nats per token, of predicting each token from the token frequencies alone."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
 def load_text(flag: str, paths: list[str], cache_dir: str, tokenizer: Tokenizer, vocab: Vocabulary) -> Text:
-    """Return the Text of the files that a flag names; where cache_dir cannot be written, without a cache.
+    """Return the Text of the files that a flag names; do without a cache if cache_dir cannot be written.
 
-    Raises UserError if that fails.
+    Raises UserError if the text cannot be read, tokenized or stored.
     """
     try:
         try:
@@ -455,7 +455,7 @@ def load_text(flag: str, paths: list[str], cache_dir: str, tokenizer: Tokenizer,
             if error.filename in paths:
                 raise
             warn(f"--cache_dir {cache_dir}: {error.strerror}; the text will be tokenized at every start")
-            # mapped files outlive their names, or on Windows cannot be deleted
+            # a mapped file outlives its name; on Windows it cannot be deleted
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 return read_text(paths, tokenizer, vocab, folder)
     except OSError as error:
@@ -467,14 +467,14 @@ def load_text(flag: str, paths: list[str], cache_dir: str, tokenizer: Tokenizer,
 
 
 def read_text(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabulary, cache_dir: str | Path) -> Text:
-    """Return the Text of UTF-8 files, one sentence a line; only a text that the cache lacks is tokenized.
+    """Return the Text of UTF-8 files, one sentence per line; tokenize it only if the cache lacks it.
 
-    A blank line ends a document, and so does the end of a file that another one follows. A document's end becomes
-    vocab.eod_id, a sentence of its own, or nothing if that is None.
+    A blank line ends a document; so does the end of each file but the last. The end of a document becomes vocab.eod_id,
+    as a sentence of its own, or nothing if vocab.eod_id is None.
 
-    The cache has a folder for each text, named by the content of its files and of the vocabulary. A folder is complete
-    before it has this name, and the bytes that were tokenized are those that the name is made of. While one process
-    writes it, others that need it wait.
+    The cache has a folder for each text, named by a hash of the content of its files and of the vocabulary. A folder
+    gets this name when it is complete, and the hash is that of the bytes that were tokenized. While one process writes
+    a folder, others that need it wait.
 
     Raises OSError if a file cannot be read or cache_dir cannot be written, ValueError if a file is not UTF-8, holds no
     text, is a pipe, or changes while it is read.
@@ -495,14 +495,14 @@ def read_text(paths: Sequence[str | Path], tokenizer: Tokenizer, vocab: Vocabula
 def text_digest(path: str | Path) -> str:
     """Return the sha256 of a text file; raise ValueError if it is a pipe or a device."""
     mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises an error later
         raise ValueError(f"{path} is a pipe or a device, and a text is read twice; write it into a file")
     return sha256(path)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock; say so if another process has it for more than a second."""
+    """Hold a lock in the with block; warn if another process has it for more than a second."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=1)
@@ -518,14 +518,14 @@ def locked(path: Path) -> Iterator[None]:
 def fill_cache(
     paths: Sequence[str | Path], digests: Sequence[str], tokenizer: Tokenizer, vocab: Vocabulary, folder: Path
 ) -> None:
-    """Tokenize files into a folder that gets its name when it is complete.
+    """Tokenize files into a folder that gets its final name when it is complete.
 
-    digests: of the files, as the folder's name has them
+    digests: of the files, as in the name of the folder
     """
     temporary = folder.with_suffix(".tmp")
-    for leftover in (temporary, folder):  # of a process that was killed; damaged
+    for leftover in (temporary, folder):  # left by a killed process; damaged
         if leftover.exists():
-            shutil.rmtree(leftover)  # on Windows an error if another process has mapped a file in it
+            shutil.rmtree(leftover)  # on Windows this fails if another process has mapped a file in it
     temporary.mkdir()
     try:
         tokenize(paths, digests, tokenizer, vocab, temporary)
@@ -538,7 +538,7 @@ def fill_cache(
 def open_text(folder: Path) -> Text | None:
     """Return the Text that `tokenize` wrote into a folder, or None if the folder is missing or damaged.
 
-    Lengths and checksums must be those of about.json. A cache of an earlier version, without the starts of documents,
+    Lengths and checksums must match about.json. A cache of an earlier version, without the starts of documents,
     counts as damaged.
     """
     try:
@@ -565,7 +565,7 @@ def tokenize(
     sentence and each document begins) and about.json: the type of the ids, how often each id occurs, and the checksums
     of the three files.
 
-    digests: of the files; they must still have them
+    digests: of the files, which must still match
     Raises ValueError if a file is not a text or a worker process was killed.
     """
     dtype = np.dtype(np.uint16 if vocab.size <= 2**16 else np.int32)
@@ -614,7 +614,7 @@ def tokenize(
 
 
 class HashingFile(io.FileIO):
-    """A file, opened for reading, that has the sha256 of the bytes that were read."""
+    """A file opened for reading that computes the sha256 of the bytes read."""
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -628,7 +628,7 @@ class HashingFile(io.FileIO):
 
 
 class Chunk(NamedTuple):
-    """A part of a text, and what its first line needs to know of the chunk before."""
+    """A part of a text, with the context from the chunk before that its first line needs."""
 
     text: str
     continues_line: bool  # the first line began in the chunk before
@@ -636,11 +636,11 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: tqdm) -> Iterator[Chunk]:
-    """Yield the text of files in chunks. Between two files there is a blank line.
+    """Yield the text of files in chunks, with a blank line between two files.
 
     digests: sha256 of each file
     progress: a bar that counts bytes
-    Raises ValueError if a file is not UTF-8, has no letter, digit or punctuation mark, or has another digest now.
+    Raises ValueError if a file is not UTF-8, has no letter, digit or punctuation mark, or no longer has its digest.
     """
     for i, (path, digest) in enumerate(zip(paths, digests, strict=True)):
         yield from read_chunks_of_file(path, digest, "" if i == 0 else "\n", progress)
@@ -649,9 +649,9 @@ def read_chunks(paths: Sequence[str | Path], digests: Sequence[str], progress: t
 def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tqdm) -> Iterator[Chunk]:
     """Yield a prefix and the text of one file in chunks, as `read_chunks` does.
 
-    A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit. A line ends at a line
-    feed and nowhere else: other marks, such as a carriage return alone, a form feed or U+2028, are blanks. A warning
-    tells of a file whose lines are very long.
+    A chunk is about CHUNK characters long: whole lines, or as many words of a longer line as fit. A line ends only at a
+    line feed; other marks, such as a carriage return alone, a form feed or U+2028, are blanks. A file with very long
+    lines causes a warning.
     """
     text = prefix  # read, and not yet yielded
     at_end = continues_line = holds_text = False
@@ -660,7 +660,7 @@ def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tq
     with HashingFile(path) as raw:
         file = io.TextIOWrapper(io.BufferedReader(raw, CHUNK), encoding="utf-8-sig", newline="\n")
         while not at_end:
-            new = read_characters(file, max(CHUNK, len(text)))  # twice as many each time while no chunk can end
+            new = read_characters(file, max(CHUNK, len(text)))  # double the size until a chunk can end
             at_end = new == ""
             n_characters += len(new)
             n_line_ends += new.count("\n")
@@ -687,12 +687,12 @@ def read_chunks_of_file(path: str | Path, digest: str, prefix: str, progress: tq
 
 
 def changed(path: str | Path) -> str:
-    """Return the message about a file that two readings find different."""
+    """Return the message about a file that changed between two reads."""
     return f"{path} changed while it was read; start again when it is complete"
 
 
 def chunk_end(text: str) -> int:
-    """Return where a chunk can end in a text that goes on: after its last line, else after its last space; 0: nowhere.
+    """Return where a chunk can end in an unfinished text: after its last line, else after its last space, else 0.
 
     A space at the beginning of a line does not count: a chunk of blanks alone would look like a blank line.
     """
@@ -724,7 +724,7 @@ def first_line_not_utf8(path: str | Path) -> int | None:
 
 
 def end_with(parent: int) -> None:
-    """Let this worker process end soon after its parent, which may be killed without a chance to end it."""
+    """Make this worker process end soon after its parent; a killed parent cannot end it."""
 
     def watch() -> None:
         sentinel = multiprocessing.parent_process().sentinel
@@ -753,7 +753,7 @@ def encode_chunk(
             if sentence and begins_document:
                 document_starts.append(len(ids))
                 begins_document = False
-        elif continues_line:  # the blanks at the end of a line that the chunk before has
+        elif continues_line:  # blanks at the end of a line that began in the chunk before
             sentence = []
         else:
             sentence, begins_document = document_end, True
@@ -766,10 +766,10 @@ def encode_chunk(
 
 @functools.lru_cache(maxsize=1)
 def encoder(vocab_file: Path, digest: str) -> Callable[[str], list[int]]:
-    """Return the function from a line to its ids, the same one until the vocabulary changes.
+    """Return the function that turns a line into ids; it is cached until the vocabulary changes.
 
     digest: of the vocabulary; it differs if another vocabulary now has the same file name
-    Raises ValueError if the file has another digest now.
+    Raises ValueError if the file no longer has this digest.
     """
     tokenizer = load_tokenizer(vocab_file)
     if digest_of(tokenizer) != digest:

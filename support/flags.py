@@ -19,11 +19,11 @@ MAY_CHANGE = {
     "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "eval_only", "log_steps", "device",
     "data", "tokenizer", "valid", "output_dir", "resume", "tensorboard", "cache_dir",
 }  # fmt: skip
-LEAST_BLOCK = 8  # tokens permuted together by default
+LEAST_BLOCK = 8  # fewest tokens that a default perm_size permutes together
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError and leaves it to main to end the program."""
+    """An ArgumentParser that raises UserError instead of ending the program; main does that."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
@@ -37,12 +37,12 @@ def parse(
     source: str = "",
     suggested: dict[str, Any] | None = None,
 ) -> argparse.Namespace:
-    """Return the flags of a command line; those not given have their default, or the value in `fixed` or `suggested`.
+    """Return the flags of a command line; flags not given take their default, or the value in `fixed` or `suggested`.
 
     Defaults that depend on other flags are None; see `fill_defaults`.
 
     argv: words of the command line; None = those of this program
-    fixed: flags that a checkpoint fixes, by name; suggested: flags that it has; source: the checkpoint, for messages
+    fixed: flags that a checkpoint fixes, by name; suggested: its other flags; source: the checkpoint, for messages
     Raises UserError for a wrong flag or value, and for a flag that contradicts a fixed one.
     """
     parser = build_parser()
@@ -92,8 +92,8 @@ def fill_defaults(args: argparse.Namespace, world_size: int) -> None:
 
 
 def default_learning_rate(args: argparse.Namespace) -> float:
-    """Return the rate that did best in short runs from scratch, a quarter of it for a checkpoint."""
-    if args.optimizer == "muon":  # whose updates have the same effect at every width
+    """Return the learning rate that did best in short runs from scratch, or a quarter of it for a checkpoint."""
+    if args.optimizer == "muon":  # its updates have the same effect at every width
         rate = 3e-3
     else:
         rate = 4e-3 * (32 / max(32, args.d_model)) ** (4 / 3)
@@ -103,11 +103,11 @@ def default_learning_rate(args: argparse.Namespace) -> float:
 def largest_block(args: argparse.Namespace) -> int:
     """Return the largest perm_size that reuse_len and seq_len allow.
 
-    Raises UserError if that is so small that most tokens would be predicted from left to right.
+    Raises UserError if that block is so small that most tokens would be predicted from left to right.
     """
     rest_len = args.seq_len - args.reuse_len
     block = math.gcd(args.reuse_len, rest_len)
-    if rest_len < 4:  # which `check` refuses
+    if rest_len < 4:  # `check` refuses this
         return block
     if block < min(LEAST_BLOCK, args.reuse_len, rest_len):
         even = args.seq_len + args.seq_len % 2
@@ -119,7 +119,7 @@ def largest_block(args: argparse.Namespace) -> int:
 
 
 def most_targets(args: argparse.Namespace) -> int:
-    """Return how many targets fit into a window, of which the larger half lies in the first reuse_len tokens."""
+    """Return how many targets fit into a window; the larger half of them lies in the first reuse_len tokens."""
     return min(2 * args.reuse_len, 2 * (args.seq_len - args.reuse_len) + 1)
 
 
@@ -132,7 +132,7 @@ def default_cache_dir() -> str:
 
 
 def with_absolute_paths(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags by name, so that a run can go on from another folder."""
+    """Return the flags by name, with absolute paths, so that a run can resume from another folder."""
     paths = {
         "data": [os.path.abspath(path) for path in args.data],
         "cache_dir": os.path.abspath(args.cache_dir),
@@ -145,7 +145,7 @@ def with_absolute_paths(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def batch_divisor(args: argparse.Namespace, world_size: int) -> int:
-    """Return the number that must divide batch_size: a row for each process, with bi_data one in each direction."""
+    """Return the number that must divide batch_size: one row per process, or with bi_data one in each direction."""
     return 2 * world_size if args.bi_data else world_size
 
 
@@ -226,8 +226,8 @@ def check_memory(args: argparse.Namespace, n_token: int, world_size: int) -> Non
     """Raise UserError if the weights alone or the attention scores alone are larger than the machine's memory.
 
     n_token: size of the vocabulary
-    Both estimates are too low, so that nothing is refused that could run: the weights lack the biases, the scores those
-    of memory.
+    Both estimates are too low, so that no run that fits is refused: the weights leave out the biases, and the scores
+    leave out memory.
     """
     memory = memory_of_machine()
     per_layer = 5 * args.n_head * args.d_head + 2 * args.d_inner
@@ -259,7 +259,7 @@ def largest_tensor(args: argparse.Namespace, n_token: int, world_size: int) -> i
 
 
 def memory_of_machine() -> float:
-    """Return the memory of this machine in bytes, infinity where the system does not tell."""
+    """Return the memory of this machine in bytes, or infinity if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -267,7 +267,7 @@ def memory_of_machine() -> float:
 
 
 def nearest_divisors(near: int, first: int, second: int) -> str:
-    """Return the common divisors of two numbers next below and next above `near`, as in "128 or 256"."""
+    """Return the common divisors of both numbers nearest to `near`, below and above it, as in "128 or 256"."""
     common = math.gcd(first, second)
     up_to_root = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
     divisors = sorted({*up_to_root, *(common // n for n in up_to_root)})
@@ -308,7 +308,7 @@ def number(kind: type, least: float, most: float) -> Callable[[str], float]:
 
 
 def not_empty(text: str) -> str:
-    """Return the name of a file, folder or tokenizer; an empty one comes from an unset shell variable."""
+    """Return the name of a file, folder or tokenizer; an empty name comes from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("'' will not do; give a name, or leave the flag out")
     try:
@@ -327,11 +327,11 @@ def true_or_false(text: str) -> bool:
 
 
 # The largest values are far above any use. No arithmetic on them overflows.
-MOST_TOKENS = 2**20  # the mask of so long a window has a trillion entries
-MOST_ROWS = 2**16  # cutting a text into them takes a second
+MOST_TOKENS = 2**20  # the mask of a window this long has a trillion entries
+MOST_ROWS = 2**16  # cutting a text into this many rows takes a second
 MOST_LAYERS = 1000
 MOST_WIDTH = 2**16  # four times the widest language models
-MOST_STEPS = 10**9  # months at a hundred a second; a product of two fits into 64 bits
+MOST_STEPS = 10**9  # months at a hundred per second; a product of two fits into 64 bits
 TOKENS = number(int, 1, MOST_TOKENS)
 ROWS = number(int, 1, MOST_ROWS)
 WIDTH = number(int, 1, MOST_WIDTH)
@@ -367,8 +367,8 @@ Pretrain XLNet on a text file, one sentence a line, a blank line between documen
     python main.py --data ./data.txt --tokenizer bert-base-uncased --seq_len 512 --reuse_len 256 --perm_size 256 \\
       --bi_data True --mask_alpha 6 --mask_beta 1 --num_predict 85 --mem_len 384 --num_step 100
 
-Each line printed is one step: the loss on one batch of windows, in nats per predicted token. Guessing blindly costs
-ln(size of the vocabulary), 10.3 for BERT's; guessing by word frequency costs the unigram entropy, which the first line
+Each line printed is one step: the loss on one batch of windows, in nats per predicted token. Guessing uniformly gives
+ln(size of the vocabulary), 10.3 for BERT's; guessing by word frequency gives the unigram entropy, which the first line
 prints.
 """
 
@@ -386,8 +386,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--cache_dir",
         type=not_empty,
         metavar="DIR",
-        help="folder that keeps the token ids of a text once it is tokenized (default: xlnet in $XDG_CACHE_HOME, or in "
-        "~/.cache)",
+        help="folder that caches the token ids of a text (default: xlnet in $XDG_CACHE_HOME, or in ~/.cache)",
     )
     group.add_argument(
         "--tokenizer",
@@ -484,7 +483,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         type=RATE,
         metavar="N",
         default=0.0,
-        help="dropout of hidden states and positions, 0 = off: small models underfit first (default: %(default)s)",
+        help="dropout of hidden states and positions, 0 = off; small models underfit first (default: %(default)s)",
     )
     group.add_argument(
         "--dropatt",
@@ -524,8 +523,8 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--init",
         choices=("local", "normal"),
         default="local",
-        help="local: each head starts out looking at one distance, -4 to 4; normal: as the official code "
-        "(default: %(default)s)",
+        help="initial weights; local: each head prefers one distance, 1 to 4 tokens left or right; normal: as the "
+        "official code (default: %(default)s)",
     )
     group.add_argument(
         "--init_std",
@@ -540,16 +539,15 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "--batch_size",
         type=ROWS,
         metavar="N",
-        help="rows of text in a step, shared out evenly to the processes of torchrun (default: one a process, two with "
-        "--bi_data True)",
+        help="rows of text in a step, divided evenly between the processes of torchrun (default: one for each process, "
+        "two with --bi_data True)",
     )
     group.add_argument(
         "--rows",
         type=ROWS,
         metavar="N",
-        help="rows the text is cut into, a multiple of batch_size; each step takes the next batch_size of them, and "
-        "each row has its own memory (default: batch_size for a page; for a longer text up to 16 times that, if each "
-        "row then has at least 32 windows)",
+        help="rows the text is cut into, a multiple of batch_size; they take turns, and each has its own memory "
+        "(default: batch_size for a page, up to 16 times that for a longer text, with at least 32 windows in a row)",
     )
     group.add_argument(
         "--optimizer",
@@ -570,11 +568,11 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         type=REAL,
         metavar="N",
         default=0.01,
-        help="AdamW's decay, on all weights but biases and LayerNorm, 0 = off (default: %(default)s)",
+        help="decay of all weights but biases and LayerNorm, 0 = off (default: %(default)s)",
     )
     group.add_argument(
         "--adam_epsilon",
-        type=number(float, 1e-15, 1e6),  # 0 divides 0 by 0 where a squared gradient underflows
+        type=number(float, 1e-15, 1e6),  # with 0, the update is 0 / 0 where a squared gradient underflows
         metavar="N",
         default=1e-8,
         help="AdamW's epsilon (default: %(default)s)",
@@ -621,13 +619,13 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         "--num_epoch",
         type=STEPS,
         metavar="N",
-        help="passes over the text (default: 100, or all that --train_steps takes)",
+        help="epochs: how often every window is read (default: 100, or as many as --train_steps needs)",
     )
     group.add_argument(
         "--train_steps",
         type=STEPS,
         metavar="N",
-        help="stop after so many updates (default: no limit)",
+        help="stop after N updates (default: no limit)",
     )
     group.add_argument(
         "--seed",
@@ -663,43 +661,42 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         "--save_steps",
         type=STEPS,
         metavar="N",
-        help="steps between checkpoints; there is one at the end too (default: a pass, at most 1000)",
+        help="steps between checkpoints; the last step is saved too (default: an epoch, at most 1000)",
     )
     group.add_argument(
         "--save_total_limit",
         type=number(int, 0, MOST_STEPS),
         metavar="N",
         default=3,
-        help="checkpoints kept, the newest ones, 0 = all (default: %(default)s)",
+        help="keep the N newest checkpoints, 0 = all (default: %(default)s)",
     )
     group.add_argument(
         "--resume",
         nargs="?",
         const="",
         metavar="DIR",
-        help="continue a run with its flags: that in --output_dir, or that of a run's folder or a checkpoint named "
-        "here",
+        help="continue a run with its flags: the run in --output_dir, or DIR, the folder of a run or a checkpoint",
     )
     group.add_argument(
         "--init_checkpoint",
         type=not_empty,
         metavar="MODEL",
-        help="start from the weights, shape and dropout of a checkpoint, of the newest one of a run's folder, of any "
-        "Hugging Face XLNet, or of a name at the hub such as xlnet/xlnet-base-cased",
+        help="start from a model, with its vocabulary, shape and dropout: a checkpoint, the folder of a run (then its "
+        "newest checkpoint), any Hugging Face XLNet, or a name at the hub, such as xlnet/xlnet-base-cased",
     )
     group.add_argument(
         "--valid",
         type=not_empty,
         metavar="FILE_OR_SHARE",
-        help="validation text, or a share such as 0.01: the last documents of --data, whole ones between blank lines, "
-        "which are not trained on; targets are the same at every evaluation, and with every batch_size (default: none)",
+        help="validation text: a file, or a share such as 0.01, which holds out the last documents of --data (blank "
+        "lines end documents); targets are the same at every evaluation and with every batch_size (default: none)",
     )
     group.add_argument(
         "--eval_steps",
         type=STEPS,
         metavar="N",
-        help="steps between evaluations on --valid (default: a pass, at most 1000, and five times the steps of an "
-        "evaluation if that is more)",
+        help="steps between evaluations on --valid (default: an epoch, but at most 1000 steps, or five times those of "
+        "an evaluation if that is more)",
     )
     group.add_argument(
         "--eval_only",
@@ -711,7 +708,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         type=STEPS,
         metavar="N",
         default=1,
-        help="steps for each line printed, which tells their mean loss (default: %(default)s)",
+        help="print a line for every N steps, with their mean loss (default: %(default)s)",
     )
     group.add_argument(
         "--tensorboard",

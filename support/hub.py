@@ -10,7 +10,7 @@ from types import ModuleType
 
 from support import UserError, warn
 
-# Patterns are whole names of files. Folders of a model, such as onnx/, hold files of the same names; they do not match.
+# Patterns are whole file names. They do not match files of the same name in a model's folders, such as onnx/.
 SMALL_FILES = [
     "config.json",
     "spiece.model",
@@ -18,24 +18,24 @@ SMALL_FILES = [
     "tokenizer_config.json",
     "tokenizer.json",
 ]
-WEIGHTS = ["model.safetensors", "pytorch_model.bin"]  # the first that a model has is read
+WEIGHTS = ["model.safetensors", "pytorch_model.bin"]  # the first one that a model has is read
 POSSIBLE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?(@\S+)?", re.ASCII)
 EXAMPLE = "xlnet/xlnet-base-cased"
 TIMEOUT = 10  # seconds until the list of files must arrive; the client has its own limits for files
 
 
 class NoConnection(Exception):
-    """The hub does not answer, or not to the end; the text is the reason."""
+    """The hub does not answer, or its answer breaks off; the text gives the reason."""
 
 
 def fetch(name: str, flag: str, check: Callable[[str], object] | None = None) -> str:
-    """Return the folder of a model's files in the cache of huggingface_hub, after downloading those that it lacks.
+    """Download a model's files that the cache of huggingface_hub lacks, and return their folder.
 
     Only the files that this project reads are downloaded. Without a connection the cached copy is used, with a warning.
     Several processes may fetch the same model at once: the client locks each file, and one of them downloads it.
 
-    name: no folder, but as in xlnet/xlnet-base-cased; name@revision asks for a branch, a tag or a whole commit hash
-    flag: which has this value, for messages
+    name: a name at the hub, as in xlnet/xlnet-base-cased; name@revision asks for a branch, a tag or a whole commit hash
+    flag: the flag that has this value, for messages
     check: called with the folder before the weights are downloaded; it raises UserError if the model is not wanted
     Raises UserError if there is no such model, if it cannot be downloaded, or if it lacks config.json or weights.
     """
@@ -88,7 +88,7 @@ def not_a_name(given: str) -> UserError:
 
 
 def not_found(given: str) -> UserError:
-    """Return the answer to an unknown name; the hub does not tell it from that of a private model."""
+    """Return the error for an unknown name; the hub gives the same answer for a private model."""
     return UserError(
         f"{given} is no folder here, and {endpoint()} has no public model of this name; check the "
         f"spelling; a private model needs `hf auth login`"
@@ -96,7 +96,7 @@ def not_found(given: str) -> UserError:
 
 
 def import_client(given: str) -> ModuleType:
-    """Return the module huggingface_hub, which only names need; raise UserError if it is not installed."""
+    """Return the module huggingface_hub, needed only for names at the hub; raise UserError if it is not installed."""
     try:
         import huggingface_hub
 
@@ -136,7 +136,7 @@ def choose_weights(given: str, files: set[str]) -> str:
 
 
 def cached_copy(repo: str, revision: str) -> str | None:
-    """Return the folder of a model in the cache if it was fetched before, to the end, else None."""
+    """Return the cached folder of a model if an earlier download was complete, else None."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -150,7 +150,7 @@ def cached_copy(repo: str, revision: str) -> str | None:
 
 @contextlib.contextmanager
 def client_errors(name: str, given: str) -> Iterator[None]:
-    """Turn what the client raises in the with block into NoConnection, or into a UserError if the hub or disk refuses.
+    """Turn the client's errors in the with block into NoConnection, or into UserError if the hub or the disk refuses.
 
     Clients before 1.0 raise the errors of requests, later ones those of httpx; errors.HTTPError is the base of both.
     """
@@ -174,7 +174,7 @@ def client_errors(name: str, given: str) -> Iterator[None]:
         ) from None
     except errors.OfflineModeIsEnabled:
         raise NoConnection("HF_HUB_OFFLINE is set") from None
-    except RuntimeError as error:  # hf_xet, which brings large files where it is installed, raises it for everything
+    except RuntimeError as error:  # hf_xet, if installed, downloads large files and raises this for every failure
         raise NoConnection(f"{first_line(error)} (HF_HUB_DISABLE_XET=1 does without hf_xet)") from None
     except json.JSONDecodeError:
         raise NoConnection("the answer is not that of a hub") from None
@@ -186,9 +186,9 @@ def client_errors(name: str, given: str) -> Iterator[None]:
                 f"{given}: {constants.ENDPOINT} refuses your token: {first_line(error)}; "
                 f"`hf auth login` with an account that may read the model, or `hf auth logout`"
             ) from None
-        if status == 401:  # of a hub without TLS, whose 401 the client does not look into
+        if status == 401:  # the client does not interpret the 401 of a hub without TLS
             raise not_found(given) from None
-        if isinstance(error, OSError) and error.errno is not None:  # errors of the network have none
+        if isinstance(error, OSError) and error.errno is not None:  # network errors have none
             raise UserError(
                 f"{given}: cannot write it to {constants.HF_HUB_CACHE}: {error.strerror}; make room "
                 f"there, or set HF_HOME to another folder"
@@ -197,6 +197,6 @@ def client_errors(name: str, given: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that has words, or its class."""
+    """Return the first line of an error's text that is not blank, or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

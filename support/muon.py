@@ -1,4 +1,4 @@
-"""Muon: matrices are updated by the orthogonal matrix nearest to their momentum, everything else by AdamW.
+"""Muon updates a matrix by the orthogonal matrix nearest to its momentum; AdamW updates everything else.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Liu et al., "Muon is scalable
 for LLM training", arXiv 2502.16982, section 2.2, for the size of an update. torch.optim.Muon takes 2-D weights only,
@@ -22,8 +22,8 @@ RMS = 0.2  # of an update at learning rate 1, about that of AdamW (Liu et al.), 
 class Muon(torch.optim.AdamW):
     """AdamW, except in parameter groups with "muon": True, whose members are matrices.
 
-    A member with more than two axes is the matrix of its first axis by all others. Its state is "exp_avg", the mean of
-    past gradients, and AdamW's "step". found_inf skips an update as in the fused AdamW: a tensor of 1 or 0.
+    A member with more than two axes counts as a matrix: its first axis by all others. Its state is "exp_avg", the mean
+    of past gradients, and AdamW's "step". found_inf, a tensor of 1 or 0, skips an update as in the fused AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
@@ -44,7 +44,7 @@ class Muon(torch.optim.AdamW):
         return result
 
     def update_matrices(self, group: dict[str, Any]) -> None:
-        """Update the members of a group, those of one shape together."""
+        """Update the members of a group; members of one shape are updated together."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             found_inf = torch.zeros((), device=group["params"][0].device)
@@ -73,14 +73,14 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return matrices with the same singular vectors and singular values between 0.7 and 1.2: [n, rows, columns].
+    """Return matrices with the same singular vectors, and singular values between 0.7 and 1.2: [n, rows, columns].
 
     Singular values far below the norm of their matrix stay small. Source: Jordan et al., a Newton-Schulz iteration.
     """
     a, b, c = COEFFICIENTS
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     is_tall = x.size(1) > x.size(2)
-    if is_tall:  # the smaller of both products
+    if is_tall:  # the smaller of the two products
         x = x.mT.contiguous()
     for _ in range(N_ITERATIONS):
         square = x @ x.mT

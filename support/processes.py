@@ -1,6 +1,6 @@
 """The processes of a run: which one this is, sums over all of them, its device, and the signals that stop a run.
 
-torchrun starts the processes and tells each its place in environment variables; without torchrun there is one.
+torchrun starts the processes and tells each its place in environment variables; without torchrun there is one process.
 """
 
 import contextlib
@@ -55,10 +55,10 @@ def from_environment(name: str, default: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this process: with "auto" its accelerator where there is one, else the CPU.
+    """Return the device of this process; "auto" is its accelerator if there is one, else the CPU.
 
     name: auto, cpu, cuda, mps or xpu
-    Raises UserError if there is no such device, or not one for each process of this machine.
+    Raises UserError if there is no such device, or if this machine has fewer devices than processes.
     """
     found = accelerator()
     if name == "cpu" or (name == "auto" and found is None):
@@ -90,11 +90,11 @@ def check_bf16(device: torch.device) -> None:
 
 
 def set_matmul_precision(device: torch.device) -> None:
-    """Let PyTorch multiply matrices of float32 as fast as it can: in TF32 on a GPU, without loss of precision on a CPU.
+    """Let PyTorch multiply float32 matrices as fast as it can: in TF32 on a GPU, without loss of precision on a CPU.
 
-    On a CPU "medium" hands products to oneDNN instead of MKL, and allows it to round to bfloat16. oneDNN does so only
+    On a CPU "medium" hands products to oneDNN instead of MKL, and allows it to round to bfloat16. oneDNN rounds only
     with AMX, Intel's matrix units. Elsewhere it computes in float32, and on AMD CPUs it uses AVX-512, which MKL does
-    not. One product shows whether it rounds.
+    not. A test product shows whether it rounds.
     """
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -109,8 +109,8 @@ def set_matmul_precision(device: torch.device) -> None:
 def keep_freed_memory(largest: int) -> None:
     """Let the C library keep the memory of freed tensors, because the next step needs as much again.
 
-    glibc gives large blocks back to the system. Asked for them again, the system clears each page, and the step waits.
-    Other C libraries are left as they are.
+    glibc gives large blocks back to the system. When the next step asks for them again, the system clears each page,
+    and the step waits. Other C libraries are left unchanged.
 
     largest: bytes of the largest tensor of a step
     """
@@ -125,8 +125,8 @@ def keep_freed_memory(largest: int) -> None:
 
 
 def fused_adamw_skips(device: torch.device) -> bool:
-    """Return whether a device has the fused AdamW, and whether that changes nothing where found_inf is 1."""
-    if device.type in ("cpu", "cuda"):  # the tests make sure of these
+    """Return whether a device has a fused AdamW that changes nothing where found_inf is 1."""
+    if device.type in ("cpu", "cuda"):  # the tests verify these
         return True
     parameter = torch.nn.Parameter(torch.ones(2, device=device))
     parameter.grad = torch.full_like(parameter, torch.nan)
@@ -140,7 +140,7 @@ def fused_adamw_skips(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Return the most memory that this process has had on an accelerator, in MB; None where nobody counts it."""
+    """Return the peak memory of this process on an accelerator, in MB; None if the backend does not count it."""
     count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return count(device) / 1e6 if count else None
 
@@ -150,9 +150,9 @@ def peak_memory(device: torch.device) -> float | None:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes of a run inside the with block, with the library of the accelerator, and gloo for CPUs.
+    """Connect the processes of a run in the with block, using the accelerator's library, and gloo for CPUs.
 
-    Raises UserError if the environment gives this process no place among them, or another process does not come.
+    Raises UserError if the environment gives this process no place among them, or another process never connects.
     """
     if rank() >= world_size():
         raise UserError(
@@ -174,10 +174,10 @@ def connected() -> Iterator[None]:
                 f"WORLD_SIZE is {world_size()} in the environment, and {str(error).rpartition(': ')[2]}; start with "
                 f"torchrun, or unset WORLD_SIZE"
             ) from None
-        # one process may tokenize for long while the others wait
+        # one process may tokenize for a long time while the others wait
         day = datetime.timedelta(days=1)
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=day)
-    yield  # an error leaves the processes connected: `is_lost_process` asks, and disconnecting could wait for ever
+    yield  # after an error they stay connected: `is_lost_process` checks that, and disconnecting could hang
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -209,7 +209,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(value: object) -> list:
-    """Return the values of all processes, in the order of their ranks. All must call it."""
+    """Return the values of all processes, in the order of their ranks. All processes must call this."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -218,7 +218,7 @@ def all_gather(value: object) -> list:
 
 
 def together(prepare: Callable[[], Any]) -> Any:
-    """Return prepare(). A UserError in any process becomes one in all: all end, and its line is heard."""
+    """Return prepare(). A UserError in one process is raised in all, so all end and each machine prints it once."""
     result = message = None
     try:
         result = prepare()
@@ -233,7 +233,7 @@ def together(prepare: Callable[[], Any]) -> Any:
 
 
 def check_same(values: dict[str, Any]) -> None:
-    """Raise UserError, in all processes, if a value is not that of process 0; it names the first that differs."""
+    """Raise UserError in all processes if a value differs from that of process 0; name the first such value."""
     first, *others = all_gather(values)
     for number, theirs in enumerate(others, start=1):
         for name, value in theirs.items():
@@ -245,7 +245,7 @@ def check_same(values: dict[str, Any]) -> None:
 
 
 def gather(value: object) -> list | None:
-    """Return the values of all processes, in the order of their ranks, at rank 0; None elsewhere. All must call it."""
+    """Return the values of all processes at rank 0, ordered by rank; None elsewhere. All processes must call this."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size() if rank() == 0 else None

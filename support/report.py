@@ -1,6 +1,6 @@
-"""What a run tells: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
+"""Report a run: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
 
-It reports and never ends a run.
+A Reporter reports and never ends a run.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ COLUMNS = (
     "validation_loss",
 )  # fmt: skip
 RECENT = 20  # steps over which speeds are averaged
-LONG = 600  # seconds; a run that will take longer says how long
+LONG = 600  # seconds; a longer run prints how long it will take
 
 
 class Reporter:
@@ -36,12 +36,12 @@ class Reporter:
 
     On a GPU reports are one step late: the CPU prepares and reports while the GPU computes.
 
-    first_step, last_step: steps made before this start, and in the whole run
+    first_step, last_step: steps done before this start, and in the whole run
     pass_loss: sum of the losses of the first pass before this start
     pass_len: steps of a pass; tokens_per_step: of the text, in all processes
     output_dir: folder of metrics.csv and loss.png, or None; tensorboard: write event files there too
-    log_steps: steps for each printed line, which tells their mean loss
-    device: what the steps run on; silent: report nothing, in all processes but the first
+    log_steps: steps per printed line, which shows their mean loss
+    device: the device of the steps; silent: report nothing, in all processes but the first
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Reporter:
         self.first_step, self.last_step, self.log_steps = first_step, last_step, log_steps
         self.device = device
         self.lag = 1 if device.type in ("cuda", "xpu") else 0  # how many steps a report may be late
-        self.began = time.perf_counter()  # of the step
+        self.began = time.perf_counter()  # when the step began
         self.waited = 0.0  # seconds that the step has waited for data
-        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds of steps, and of waiting in them
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds of each step, and of its waiting
         self.unprinted: list[float] = []  # losses of the steps since the last line
         self.reader_is_gone = False  # nobody reads stdout any more
         self.waiting: list[tuple[dict[str, Any], torch.Event | None]] = []
         self.pass_loss = pass_loss  # sum of the losses of this pass
         self.last: dict[str, Any] = {}  # metrics of the last step reported
-        self.row: dict[str, Any] | None = None  # the row that metrics.csv still lacks: the same dict
+        self.row: dict[str, Any] | None = None  # the row not yet in metrics.csv; the same dict as `last`
         self.output_dir = None if silent else output_dir
         self.file = self.events = None
         if self.output_dir and tensorboard:
@@ -98,9 +98,9 @@ class Reporter:
         self.waited += time.perf_counter() - began
 
     def end_step(self, metrics: dict[str, Any], wait: bool = False) -> list[dict[str, Any]]:
-        """Take the metrics of a step, numbers and tensors, and report what has arrived.
+        """Take the metrics of a step (numbers and tensors), and report the steps that have arrived.
 
-        On a GPU that is the previous step; with `wait` this one too.
+        On a GPU this is the previous step; with `wait` this step too.
 
         metrics: pass and step from 1, loss, and after an update learning_rate and gradient_norm
         -> the metrics of the steps reported now, as plain numbers
@@ -130,7 +130,7 @@ class Reporter:
         return reported
 
     def speed(self) -> dict[str, float]:
-        """Return the metrics of speed over the recent steps, of which this one is the last; peak_memory is in MB."""
+        """Return the speed metrics over the recent steps, up to this one; peak_memory is in MB."""
         self.recent.append((time.perf_counter() - self.began, self.waited))
         seconds, waited = (sum(column) for column in zip(*self.recent, strict=True))
         speed = {"tokens_per_second": len(self.recent) * self.tokens_per_step / seconds, "data_wait": waited / seconds}
@@ -156,7 +156,7 @@ class Reporter:
         self.add_events(COLUMNS[2:])
 
     def tell_duration(self) -> None:
-        """Say on stderr how long the rest of the run will take, if that is long."""
+        """Print on stderr how long the rest of the run will take, if longer than LONG."""
         steps = self.last_step - self.last["step"]
         seconds = steps * sum(seconds for seconds, _ in self.recent) / RECENT
         if seconds > LONG and not self.silent:
@@ -167,8 +167,8 @@ class Reporter:
     def validation(self, loss: float) -> None:
         """Report the loss on the validation set after the last step reported, or before the first."""
         self.last["validation_loss"] = loss
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # which may be infinite
-        self.line(f"Validation cost = {loss:.6f} perplexity = {perplexity:.2f}")
+        perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # may be infinite
+        self.line(f"Validation loss = {loss:.6f} perplexity = {perplexity:.2f}")
         self.add_events(("validation_loss",))
 
     def add_events(self, names: tuple[str, ...]) -> None:
@@ -223,7 +223,7 @@ class Reporter:
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
-    """Return metrics.csv open for appending, without the rows of steps after `step`, which will be made again."""
+    """Return metrics.csv open for appending, without the rows of steps after `step`, which the run will repeat."""
     kept = [row for row in read_rows(path) if int(row["step"]) <= step] if step else []
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -237,7 +237,7 @@ def open_metrics(path: Path, step: int) -> TextIO:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv, as text by COLUMNS.
 
-    Without torn rows: a crash, a full disk or an editor may have damaged the file. It may have other columns, or be
+    Skips torn rows: a crash, a full disk or an editor may have damaged the file. The file may have other columns, or be
     missing.
     """
     if not path.exists():
@@ -245,7 +245,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     names = header.split(",") if header.startswith("pass,step,loss") else COLUMNS
     rows = []
-    for line in lines[:-1]:  # what follows the last line end is nothing, or a torn row
+    for line in lines[:-1]:  # after the last line end there is nothing or a torn row
         cells = line.split(",")
         row = dict.fromkeys(COLUMNS, "") | dict(zip(names, cells, strict=False))
         if len(cells) == len(names) and is_whole(row):
@@ -286,4 +286,4 @@ def draw_loss(output_dir: Path) -> None:
     axes.legend()
     figure.savefig(output_dir / "loss.png", dpi=100)
     del figure, axes
-    gc.collect()  # their parts refer to each other; left alone, they hold 50 MB before Python collects them
+    gc.collect()  # their parts refer to each other, and hold 50 MB until Python collects them

@@ -1,4 +1,4 @@
-"""A SentencePiece model as the tokenizer.json from which transformers makes the ids of training."""
+"""Convert a SentencePiece model to a tokenizer.json, so that transformers gives the ids of training."""
 
 import base64
 import struct
@@ -10,15 +10,15 @@ BLOCKER, LASTING_BLOCKER = "\ufdd0", "\ufdd1"  # code points that no text has
 
 
 def tokenizer_json(model: bytes, config: dict, sep: str, cls: str) -> dict | None:
-    """Return the tokenizer.json with which the tokenizers library does what SentencePiece.tokenize does.
+    """Return the tokenizer.json that makes the tokenizers library do what SentencePiece.tokenize does.
 
-    It differs in rare cases. Pieces such as `19,` get so low a score that they are never chosen, which can change the
-    pieces around them. The names of special pieces are special pieces in a text, too.
+    Results differ in rare cases. Pieces such as `19,` get a score so low that they are never chosen, which can change
+    the pieces around them. The name of a special piece in a text becomes that special piece.
 
     model: content of a .model file
-    Returns None if it is no unigram model with the usual treatment of spaces.
+    Returns None unless the model is a unigram model with the usual treatment of spaces.
     """
-    fields = read_fields(model)  # numbers of fields and types of pieces are those of sentencepiece_model.proto
+    fields = read_fields(model)  # sentencepiece_model.proto defines the numbers of fields and the types of pieces
     trainer, normalizer = read_fields(fields[2][0]), read_fields(fields[3][0])
     is_unigram = trainer.get(3, [1]) == [1]
     marks_ends = trainer.get(24, [0]) == [1]  # ▁ at the end of a word
@@ -52,7 +52,7 @@ def tokenizer_json(model: bytes, config: dict, sep: str, cls: str) -> dict | Non
 
 
 def normalizers(normalizer: dict[int, list], config: dict) -> list[dict]:
-    """Return the steps from a text to the text whose pieces are looked up, first as in SentencePiece.normalize.
+    """Return the steps before the lookup of pieces; the first ones do what SentencePiece.normalize does.
 
     normalizer: fields of the model's NormalizerSpec
     """
@@ -66,8 +66,9 @@ def normalizers(normalizer: dict[int, list], config: dict) -> list[dict]:
     if charsmap:
         own = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}
         # Precompiled neither composes long sequences, such as those of Hangul, nor keeps a mark after a character that
-        # it changes. NFC composes before and after it, and between them all marks stand apart. NFC would also sort the
-        # vowel marks of Hebrew and Arabic, which SentencePiece leaves in their order: these stand apart throughout.
+        # it changes. So NFC composes before and after it, and BLOCKER separates all marks in between. NFC would also
+        # sort the vowel marks of Hebrew and Arabic. SentencePiece keeps their order, so LASTING_BLOCKER separates them
+        # throughout.
         vowel = r"[\u0591-\u08ff&&\p{M}]"
         steps += [replace(f"(?<={vowel})(?={vowel})", LASTING_BLOCKER), {"type": "NFC"}]
         steps += [replace(r"(?<=.)(?=\p{M})", BLOCKER), own, replace(BLOCKER, "")]
@@ -110,13 +111,13 @@ def sequence_marks(ids: dict[str, int], sep: str, cls: str) -> dict | None:
 
 
 def read_fields(message: bytes) -> dict[int, list]:
-    """Return the fields of a message in protocol buffers' format, by number: integers, or bytes not yet looked into.
+    """Return the fields of a message in protocol buffers' format, by number: integers, or bytes not yet parsed.
 
     Example: b"\\x08\\x96\\x01" is {1: [150]}
     """
     fields, position = {}, 0
 
-    def varint() -> int:  # 7 bits a byte, the lowest first; the highest bit says that more follow
+    def varint() -> int:  # 7 bits per byte, lowest first; the highest bit says that more follow
         nonlocal position
         value = shift = 0
         while True:

@@ -12,15 +12,15 @@ import show_order
 ORDER = """\
 order: cat, [SEP], the; to be predicted: the, cat
 
-          place  content stream  query stream: 1 = must not see
+          place  content stream  query stream: x = sees, . = must not see
                  0 1 2 3 4 5 6   0 1 2 3 4 5 6
-0  the    3      0 0 0 0 0 0 0   1 0 0 0 0 0 0
-1  cat    1      1 0 0 0 0 0 1   1 1 0 0 0 0 1
-2  sat    given  1 1 0 0 0 0 1
-3  on     given  1 1 0 0 0 0 1
-4  the    given  1 1 0 0 0 0 1
-5  mat    given  1 1 0 0 0 0 1
-6  [SEP]  2      1 0 0 0 0 0 0
+0  the    3      x x x x x x x   . x x x x x x
+1  cat    1      . x x x x x .   . . x x x x .
+2  sat    given  . . x x x x .
+3  on     given  . . x x x x .
+4  the    given  . . x x x x .
+5  mat    given  . . x x x x .
+6  [SEP]  2      . x x x x x x
 """
 
 

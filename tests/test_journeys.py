@@ -25,7 +25,7 @@ ROOT = Path(main.__file__).parent
 PROJECT = ("main.py", "xlnet.py", "data_utils.py", "data.txt", "support", "examples", "vocab")
 SMALL = "--seq_len 32 --n_layer 1 --d_model 16 --device cpu"
 LINE = re.compile(r"^Number of Epoch: .* = (\S+)$", re.M)
-VALIDATION = re.compile(r"^Validation cost = (\S+) ", re.M)
+VALIDATION = re.compile(r"^Validation loss = (\S+) ", re.M)
 FILLING = re.compile(r"^ +\d+ +\d+ +(\S+) +\S+  (.+)$", re.M)
 ROUNDING = 1e-5  # of losses near 10 in float32, and of gradients near 1, which processes add up in another order
 pytestmark = pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_page(clone: Path) -> None:
     """A page becomes a model that beats word frequencies and fills a blank; nothing is left but the folder named."""
     out = run(f"python main.py {SMALL} --seq_len 64 --num_step 4 --output_dir out", clone)
     first, *steps, mean, end = out.splitlines()
-    n_windows = int(re.search(r"data\.txt: 4,015 tokens, .*; (\d+) windows a pass", first).group(1))
+    n_windows = int(re.search(r"data\.txt: 4,015 tokens, .*; (\d+) windows an epoch", first).group(1))
     assert len(steps) == 4 * n_windows == len(metrics(clone / "out"))
     assert all(LINE.match(line) for line in steps) and LINE.match(steps[-1]).group().startswith("Number of Epoch: 0004")
     loss, of_frequency, of_blind = map(float, re.findall(r": (\d+\.\d+)", mean))
@@ -321,7 +321,7 @@ def test_two_processes_to_one(clone: Path, of_one_process: list[float]) -> None:
     assert len(everyone) == 3 and not (clone / "out" / "checkpoint-50").exists()
 
     out = run("python main.py --output_dir out --resume", clone)
-    after = int(re.search(r"^Going on from \S+, after step (\d+) of 50$", out, re.M).group(1))
+    after = int(re.search(r"^Resuming from \S+, after step (\d+) of 50$", out, re.M).group(1))
     assert 15 <= after < 50 and len(LINE.findall(out)) == 50 - after
     assert curve(clone / "out") == pytest.approx(of_one_process, abs=ROUNDING)
 

@@ -459,7 +459,7 @@ def test_continued_pretraining(released, own, tmp_path, capsys):
         "--seq_len 64 --reuse_len 32 --perm_size 32 --num_predict 10"
     ).split()
     main.main([*flags, "--train_steps", "300", "--eval_steps", "100", "--output_dir", str(tmp_path / "out")])
-    held_out = [float(loss) for loss in re.findall(r"Validation cost = (\S+)", capsys.readouterr().out)]
+    held_out = [float(loss) for loss in re.findall(r"Validation loss = (\S+)", capsys.readouterr().out)]
     untouched = main.main([*flags, "--learning_rate", "0", "--train_steps", "1"])
     assert len(held_out) == 4 and held_out[0] == pytest.approx(untouched["validation_loss"], abs=1e-6)
     assert held_out[-1] < held_out[0] - 0.5

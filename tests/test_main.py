@@ -74,7 +74,7 @@ def test_readme_command_runs_verbatim_from_anywhere(tmp_path):
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 6 and "1,052,378 parameters on c" in lines[0] and "28 windows a pass" in lines[0]
+    assert len(lines) == 6 and "1,052,378 parameters on c" in lines[0] and "28 windows an epoch" in lines[0]
     assert lines[1].startswith("Number of Epoch: 0001 in 0001 Step cost = 10.")
     assert lines[3].startswith("Number of Epoch: 0001 in 0003 Step cost = 10.")
 
@@ -82,7 +82,7 @@ def test_readme_command_runs_verbatim_from_anywhere(tmp_path):
 @pytest.mark.slow
 def test_readme_shows_what_is_printed(tmp_path):
     """The output in the README is that of plain `python main.py`, from any folder; other machines round otherwise."""
-    shown = re.search(r"\$ python main.py\n(.*?)\n\.\.\.", (ROOT / "README.md").read_text(), re.S).group(1).splitlines()
+    shown = re.search(r"```text\n(XLNet of .*?)\n\.\.\.", (ROOT / "README.md").read_text(), re.S).group(1).splitlines()
     assert len(shown) >= 4
     command = [sys.executable, ROOT / "main.py", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -108,13 +108,13 @@ def test_it_leaves_the_plateau(capsys):
     words = "--seq_len 128 --reuse_len 64 --perm_size 64 --num_predict 21 --mem_len 96 --num_step 12".split()
     metrics = main.main(words)
     assert metrics["mean_loss"] < metrics["unigram_entropy"] - 1
-    assert "Mean cost of pass 12" in capsys.readouterr().out
+    assert "Mean loss of epoch 12" in capsys.readouterr().out
 
 
 def test_lines_count_passes_and_windows(capsys):
     """A line a window: passes from 1, windows from 1 in each; --num_epoch is --num_step."""
     metrics, first, costs = run_command(capsys, *SMALL, "--num_epoch", "2")
-    assert f" {PASS_LEN} windows a pass, {2 * PASS_LEN} updates" in first
+    assert f" {PASS_LEN} windows an epoch, {2 * PASS_LEN} updates" in first
     assert [cost[:2] for cost in costs] == [(epoch, window) for epoch in (1, 2) for window in range(1, 1 + PASS_LEN)]
     assert metrics["step"] == 2 * PASS_LEN and metrics["pass"] == 2
     assert metrics["loss"] == pytest.approx(costs[-1][2], abs=1e-6)
@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         main.main(command)
     [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 1 and "loss of step 22, window 8 of pass 2, is nan" in line
+    assert stop.value.code == 1 and "loss of step 22, window 8 of epoch 2, is nan" in line
     assert main.checkpoint.checkpoints(out)[0] == out / "checkpoint-20"
     weights = XLNet.from_pretrained(out / "checkpoint-20").state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
@@ -413,7 +413,7 @@ def test_an_update_that_is_not_finite_changes_nothing(monkeypatch, spoilt):
 
         before = state()
         monkeypatch.setattr(main, "prediction_loss", spoil)
-        with pytest.raises(main.NotFinite, match=f"the {spoilt} of step 2, window 2 of pass 1, is (inf|nan); stopped"):
+        with pytest.raises(main.NotFinite, match=f"the {spoilt} of step 2, window 2 of epoch 1, is (inf|nan); stopped"):
             next(steps)
         assert all(map(torch.equal, before, state()))
 
@@ -445,7 +445,7 @@ def test_validation_is_the_same_for_the_same_model(capsys, valid):
     rated = lines(*valid, "--eval_steps", "1", "--seed", "4")
     plain = lines("--seed", "4")
     assert [line for line in rated if not line.startswith("Validation")] == plain
-    loss, perplexity = re.match(r"Validation cost = (\S+) perplexity = (\S+)", rated[-1]).groups()
+    loss, perplexity = re.match(r"Validation loss = (\S+) perplexity = (\S+)", rated[-1]).groups()
     assert float(perplexity) == pytest.approx(np.exp(float(loss)), rel=1e-4)  # printed to two decimals
 
 
@@ -557,7 +557,7 @@ def test_evaluating_alone(documents, tmp_path, capsys, monkeypatch):
         lines = capsys.readouterr().out.splitlines()
         assert result["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-6)
         assert len(lines) == 2 and re.search(r"; 0.2 of --data: \d+ tokens, .* unigram entropy [\d.]+$", lines[0])
-        assert lines[1].startswith(f"Validation cost = {result['validation_loss']:.6f}")
+        assert lines[1].startswith(f"Validation loss = {result['validation_loss']:.6f}")
     assert before == sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
 
 
@@ -587,10 +587,10 @@ def test_a_run_says_where_it_comes_from_and_where_it_goes(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"The model is in {out}/checkpoint-2"
     main.main(["--resume", str(out), "--train_steps", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"Going on from {out}/checkpoint-2, after step 2 of 3"
+    assert lines[1] == f"Resuming from {out}/checkpoint-2, after step 2 of 3"
     main.main(["--resume", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "The run is at its end; a larger --num_step or --train_steps goes on" and len(lines) == 5
+    assert lines[2] == "The run is complete; a larger --num_step or --train_steps continues it" and len(lines) == 5
     main.main([*SMALL, *TINY, "--train_steps", "1"])
     assert capsys.readouterr().out.splitlines()[-1] == "Nothing is saved; --output_dir saves the model in a folder"
 

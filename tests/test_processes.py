@@ -206,7 +206,7 @@ def test_two_processes_compute_what_one_does(start, tmp_path, flags, members):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert (tmp_path / "two" / "1.out").read_text() == "" == (tmp_path / "two" / "1.err").read_text()
 
-    one, two = (re.findall(r"Validation cost = (\S+)", (tmp_path / n / "0.out").read_text()) for n in ("one", "two"))
+    one, two = (re.findall(r"Validation loss = (\S+)", (tmp_path / n / "0.out").read_text()) for n in ("one", "two"))
     assert len(one) == 3 and list(map(float, two)) == pytest.approx(list(map(float, one)), abs=1e-5)
     whole_gradients, whole_batches = torch.load(tmp_path / "one" / "seen-0.pt")
     for rank in range(2):
@@ -357,7 +357,7 @@ def test_the_loss_on_a_text_does_not_depend_on_batch_or_processes(start, tmp_pat
         folder = tmp_path / str(batch_size)
         argv = [*SMALL, "--batch_size", str(batch_size), "--learning_rate", "0", "--train_steps", "1"]
         assert join(start(n, [*argv, "--valid", str(valid)], folder)) == [0] * n
-        seen += re.findall(r"Validation cost = (\S+)", (folder / "0.out").read_text())
+        seen += re.findall(r"Validation loss = (\S+)", (folder / "0.out").read_text())
     one = main.main([*SMALL, "--learning_rate", "0", "--train_steps", "1", "--valid", str(valid)])
     assert len(seen) == 2 and list(map(float, seen)) == pytest.approx([one["validation_loss"]] * 2, abs=1e-5)
 

@@ -119,6 +119,8 @@ def test_a_run_is_made_once(here, capsys):
     _, _, valid, test = rows()
     assert (valid["judged_on"], test["judged_on"]) == ("valid.txt", "test.txt")
     assert valid["seconds"] == test["seconds"] and valid["loss"] != test["loss"]
+    run_record("--seeds", "1", "--final")  # judged on valid.txt before, which must not count twice
+    assert [(row["seed"], row["judged_on"]) for row in rows()[4:]] == [("1", "test.txt")]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_validation_is_told_after_its_step(capsys):
     reporter = make_reporter()
     report_steps(reporter, [1])
     reporter.validation(2.0)
-    assert capsys.readouterr().out.splitlines()[1] == "Validation cost = 2.000000 perplexity = 7.39"
+    assert capsys.readouterr().out.splitlines()[1] == "Validation loss = 2.000000 perplexity = 7.39"
     assert reporter.last["validation_loss"] == 2.0
 
 
@@ -135,7 +135,7 @@ def test_a_huge_validation_loss_is_told(capsys):
     reporter = make_reporter()
     report_steps(reporter, [1])
     reporter.validation(1000.0)
-    assert "Validation cost = 1000.000000 perplexity = inf" in capsys.readouterr().out
+    assert "Validation loss = 1000.000000 perplexity = inf" in capsys.readouterr().out
 
 
 def test_the_loss_of_a_pass_is_added_up(capsys):
