@@ -569,8 +569,8 @@ def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]
     Counts have no curve.
     """
     unit, scale, label = ("updates", 1, "updates") if options.updates else ("seconds", 60, "minutes of training")
-    figure = Figure(figsize=(11, 1.5 + 0.45 * max(6, len(curves))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 1.5 + 0.6 * max(5, len(curves))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     for place, (name, runs) in enumerate(curves.items()):
         losses = np.array([[float(row["held_out_loss"]) for row in run] for run in runs])  # [seeds, POINTS]
         colour = f"C{place % 10}"
@@ -580,10 +580,10 @@ def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]
         last = losses[:, -1]
         right.plot([last.min(), last.max()], [place, place], color=colour, linewidth=2)
         right.plot(last.mean(), place, color=colour, marker="o")
-        right.annotate(f"{last.mean():.3f}", (last.mean(), place), (0, 6), textcoords="offset points", ha="center")
+        right.annotate(f"{last.mean():.3f}", (last.mean(), place), (0, -13), textcoords="offset points", ha="center")
+        right.text(0.02, place - 0.28, name, transform=right.get_yaxis_transform(), color=colour, fontsize="small")
     left.set(xlabel=label, ylabel="held-out loss, nats per predicted token")
-    right.set(xlabel="at the end: mean, lowest and highest seed", ylim=(len(curves) - 0.5, -0.7))
-    right.set_yticks(range(len(curves)), list(curves))
+    right.set(xlabel="at the end: mean, lowest and highest seed", ylim=(len(curves) - 0.4, -0.6), yticks=[])
     for axes in (left, right):
         axes.grid(alpha=0.3)
     options.png.parent.mkdir(parents=True, exist_ok=True)
