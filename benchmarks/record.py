@@ -7,10 +7,10 @@
 
 An entry is a line of main.py's flags: a name in ENTRIES, or flags of your own. It may change model, training and
 vocabulary, but not the evaluation: every entry is judged on the windows, orders and targets that --valid has at default
-flags, with memory and without dropout. Minutes count from the first step to the last; preparing the text, judging and
-a short run that measures the speed do not count. The measured speed sets --train_steps, so that a decay ends in time. A
-run that is not finished when the minutes are over stops there. Entries are chosen on corpus/valid.txt. --final also
-judges them on corpus/test.txt, on which nothing is tuned.
+flags, without dropout, and with memory unless it was trained without. Minutes count from the first step to the last;
+preparing the text, judging and a short run that measures the speed do not count. The measured speed sets --train_steps,
+so that a decay ends in time. A run that is not finished when the minutes are over stops there. Entries are chosen on
+corpus/valid.txt. --final also judges them on corpus/test.txt, on which nothing is tuned.
 
 Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes, which makes
 vocabularies comparable. Text that a vocabulary does not know is easier to predict; the table gives its share.
@@ -119,6 +119,10 @@ class Attempt(NamedTuple):
         return save / f"{learning.slug(self.entry or self.flags)}-{self.minutes:g}-{self.seed}"
 
 
+def key_of(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
 def make_rows(attempt: Attempt, text: str, options: argparse.Namespace) -> list[dict[str, str]]:
     """Train an entry and judge it on each text; return its rows for the csv; text: name of the texts there."""
     argv = ["--data", options.data, "--seed", str(attempt.seed), *attempt.flags.split()]
@@ -221,7 +225,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     text = learning.text_of(options)
     rows = learning.read(options.csv, COLUMNS)
-    made = {tuple(row[name] for name in KEY) for row in rows}
+    made = {key_of(row) for row in rows}
     missing = []
     for minutes, seed, words in itertools.product(options.minutes, options.seeds, options.entries):
         attempt = Attempt(words if words in ENTRIES else "", find_entry(words), minutes, seed)
@@ -230,7 +234,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
     if options.save:
         learning.check_folders(options.save, [attempt.folder(options.save) for attempt in missing])
     for attempt in missing:
-        new = [row for row in make_rows(attempt, text, options) if tuple(row[name] for name in KEY) not in made]
+        new = [row for row in make_rows(attempt, text, options) if key_of(row) not in made]
         learning.append(options.csv, new, COLUMNS)
         rows += new
     print_table([row for row in rows if row["text"] == text])

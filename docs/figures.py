@@ -215,7 +215,9 @@ def draw_streams() -> None:
         box = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": INK}
         axes.text(x, y, text, ha="center", va="center", bbox=box, color=PAPER, zorder=3)
 
-    def arrow(begin: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-", width=1.5) -> None:
+    def arrow(
+        begin: tuple[float, float], end: tuple[float, float], colour: str, style: str = "-", width: float = 1.5
+    ) -> None:
         look = {"arrowstyle": "->", "color": colour, "linestyle": style, "shrinkA": 12, "shrinkB": 14}
         axes.annotate("", xy=end, xytext=begin, arrowprops=look | {"linewidth": width})
 

@@ -2,8 +2,8 @@
 
     python examples/variant.py --data my.txt --output_dir out
 
-It takes all flags of main.py. Each target still sees all given tokens, but only those targets that precede it in the
-text. To change the model instead, derive a class from xlnet.XLNet and pass it as model_class.
+It takes all flags of main.py. Targets see the same given tokens as before, but of the targets only those that precede
+them in the row. To change the model instead, derive a class from xlnet.XLNet and pass it as model_class.
 """
 
 import sys
