@@ -154,7 +154,7 @@ def rel_shift(x: Tensor, position: Tensor, klen: int) -> Tensor:
 def order_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
     """Return the mask that ranks define: no position sees a higher rank, and a target does not see its own token.
 
-    rank: [len, bsz] int, the place of each position in the order; inp_q: [len, bsz], 1 = target; None: no targets
+    rank: [len, bsz] int, as data_utils.permute gives it; inp_q: [len, bsz], 1 = target; None: no targets
     -> [bsz, len (query), len (key)] bool, True = must not see
     This is the mask of training; data_utils.ranks_to_mask writes out the same for one window.
     Source: the paper, section 2.3; official _local_perm.
@@ -666,9 +666,8 @@ class XLNet(nn.Module):
         target_mapping: [num_predict, bsz] int, the position of each slot, -1 = empty slot; or [num_predict, len, bsz],
             the same as one-hot; None: a slot at every position
         inp_q: [len, bsz], 1 = to be predicted; None: content stream only, for fine-tuning and features
-        rank: [len, bsz] int, instead of perm_mask: the place of each position in the order, as data_utils.permute gives
-            it, where the first reuse_len positions come before the others. A position sees its own rank and lower
-            ones, a target only lower ones
+        rank: [len, bsz] int, instead of perm_mask: as data_utils.permute gives it, lower for the first reuse_len
+            positions than for all others. A position sees its own rank and lower ones, a target only lower ones
         -> logits [num_predict or len, bsz, n_token]; new_mems, list of n_layer [at most mem_len, bsz, d_model], or of
             None if mem_len is 0
         Raises ValueError if perm_mask and rank are both given, if target_mapping is given without inp_q, or if the

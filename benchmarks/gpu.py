@@ -140,7 +140,7 @@ class Steps(NamedTuple):
     seconds: list[float]  # of each step
     tokens: int  # of each step
     flop: int | None  # of each step, None if not counted
-    peak_memory: float | None  # MB; None on a CPU
+    peak_memory: float | None  # MiB; None on a CPU
 
 
 class Idle(NamedTuple):
@@ -439,7 +439,7 @@ def mfu(steps: Steps, peak: float) -> float:
 
 
 def columns(cell: Cell, result: Steps | Failed, peaks: dict[str, float]) -> tuple[str, str, str, str]:
-    """Return milliseconds with quartiles, tokens a second, MFU and peak MB, as text; "" where there is none."""
+    """Return milliseconds with quartiles, tokens a second, MFU and peak MiB, as text; "" where there is none."""
     if isinstance(result, Failed):
         return result.reason, "", "", ""
     low, middle, high = 1000 * np.percentile(result.seconds, (25, 50, 75))
@@ -458,14 +458,14 @@ def describe(cell: Cell, result: Steps | Failed, peaks: dict[str, float]) -> str
     line = f"{cell}: {milliseconds} ms, {speed} tokens a second"
     if share:
         line += f", MFU {share}"
-    return f"{line}, {memory} MB" if memory else line
+    return f"{line}, {memory} MiB" if memory else line
 
 
 def print_steps(results: dict[Cell, Steps | Failed], peaks: dict[str, float]) -> None:
     """Print the table of steps, a row for both models; the columns of a model that is not measured stay empty."""
     print(
         "\n| shape, batch, mode | ms a step, this project (quartiles) | ms, transformers | times as fast | "
-        "tokens a second, this project | transformers | MFU, this project | peak MB, this project | transformers |\n"
+        "tokens a second, this project | transformers | MFU, this project | peak MiB, this project | transformers |\n"
         "|---|---|---|---|---|---|---|---|---|"
     )
     for cell in results:
@@ -501,7 +501,7 @@ def print_idle(results: dict[str, Idle | Failed]) -> None:
 
 def print_kernels(cell: Cell, results: dict[str, Steps | Failed]) -> None:
     """Print the table of attention kernels, all measured on the steps of one cell."""
-    print(f"\n| attention kernel; {cell} | ms a step (quartiles) | peak MB |\n|---|---|---|")
+    print(f"\n| attention kernel; {cell} | ms a step (quartiles) | peak MiB |\n|---|---|---|")
     for name, result in results.items():
         milliseconds, _, _, memory = columns(cell, result, {})
         print(f"| {name} | {milliseconds} | {memory} |")

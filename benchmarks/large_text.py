@@ -65,7 +65,7 @@ def resident(process: psutil.Process) -> int:
 
 
 def run(data: Path, cache: str, steps: int, processes: int) -> tuple[float, float]:
-    """Return the seconds to the line of the first step, and the peak memory of all processes together, in MB."""
+    """Return the seconds to the line of the first step, and the peak memory of all processes together, in MiB."""
     command = [sys.executable, str(ROOT / "main.py"), "--data", str(data), "--cache_dir", cache]
     command += ["--train_steps", str(steps)]
     environment = os.environ | {"LOKY_MAX_CPU_COUNT": str(processes)}
@@ -128,8 +128,8 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
             if not texts[-1].exists():
                 write(texts[-1], megabytes)
         print(
-            "| text, MB | processes | first start, s to the first step | MB/s | peak MB | next start, s | "
-            f"peak MB, {options.steps} steps |\n|---|---|---|---|---|---|---|"
+            "| text, MB | processes | first start, s to the first step | MB/s | peak MiB | next start, s | "
+            f"peak MiB, {options.steps} steps |\n|---|---|---|---|---|---|---|"
         )
         for path in texts:
             for processes in options.processes:

@@ -32,6 +32,7 @@ import importlib.util
 import itertools
 import math
 import multiprocessing
+import platform
 import re
 import statistics
 import subprocess
@@ -314,7 +315,7 @@ def count_five_grams(task: Task) -> list[dict[str, str]]:
     loss = five_gram_loss(model, run.valid_loader)
     with PROGRESS:
         PROGRESS.value += POINTS
-    return [row_of(task, updates="0", seconds=f"{seconds:.1f}", held_out_loss=f"{loss:.4f}", machine="1 threads")]
+    return [row_of(task, updates="0", seconds=f"{seconds:.1f}", held_out_loss=f"{loss:.4f}", machine=machine_of(run))]
 
 
 def train(task: Task) -> list[dict[str, str]]:
@@ -360,12 +361,16 @@ def train_and_judge(task: Task, run: main.Run, judge: Judge, limit: float) -> li
                 losses.clear()
                 with PROGRESS:
                     PROGRESS.value += 1
-    if run.args.decay_method != "constant" and metrics["step"] < run.last_step:
-        tell(
-            f"{task.variant}, seed {task.seed}: the minutes were over at step {metrics['step']} of {run.last_step}, "
-            f"before the learning rate had decayed"
-        )
+    if cut := cut_short(run, metrics["step"]):
+        tell(f"{task.variant}, seed {task.seed}: {cut}")
     return curve
+
+
+def cut_short(run: main.Run, step: int) -> str:
+    """Return a warning if a run ended at a step before its learning rate had decayed, else ""."""
+    if run.args.decay_method == "constant" or step == run.last_step:
+        return ""
+    return f"the minutes were over at step {step} of {run.last_step}, before the learning rate had decayed"
 
 
 def planned_updates(variant: Variant, argv: list[str], seconds: float) -> int:
@@ -451,8 +456,17 @@ def commit() -> str:
 
 
 def machine_of(run: main.Run) -> str:
-    """Return a run's machine for the csv: the name of the GPU, or the number of CPU threads."""
-    return torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    """Return a run's machine for the csv: the name of the GPU, or that of the CPU and the number of threads."""
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the name that the system gives the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(encoding="utf-8"), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def budget(options: argparse.Namespace) -> str:

@@ -103,6 +103,8 @@ def train(argv: Sequence[str], seconds: float) -> tuple[main.Run, int, float]:
             float(metrics["loss"])  # waits for a GPU
             if time.perf_counter() - begin >= seconds:
                 break
+    if cut := learning.cut_short(run, metrics["step"]):
+        print(f"record.py: {' '.join(argv)}: {cut}", file=sys.stderr)
     return run, metrics["step"] // run.args.grad_accum_steps, time.perf_counter() - begin
 
 

@@ -150,7 +150,7 @@ def warm_up(args: argparse.Namespace) -> int:
 
 
 def peak_rss() -> float:
-    """Return the peak memory of this process, in MB."""
+    """Return the peak memory of this process, in MiB."""
     if sys.platform == "linux":  # getrusage would count what the parent had when it started this process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**10
@@ -167,7 +167,7 @@ STARTED: list[Iterator[float]] = []  # the steps of this process, which trains o
 def start(name: str, args: argparse.Namespace, device: str) -> float:
     """Build a model in this process and make the steps of the warm-up.
 
-    -> MB: on a CPU the growth of the peak of this process meanwhile, on a GPU the peak of the GPU
+    -> MiB: on a CPU the growth of the peak of this process meanwhile, on a GPU the peak of the GPU
     """
     vocab, batches = load_batches(args, device)
     processes.set_matmul_precision(torch.device(device))
@@ -219,7 +219,7 @@ def product_speed(device: str, dtype: torch.dtype, size: int) -> float:
 def compare(
     args: argparse.Namespace, device: str, n_steps: int
 ) -> tuple[dict[str, list[float]], dict[str, float], int]:
-    """Return the seconds of n_steps steps and the peak memory in MB of each model, and the FLOP of our step.
+    """Return the seconds of n_steps steps and the peak memory in MiB of each model, and the FLOP of our step.
 
     If transformers' model does not fit into memory, it has no steps.
     """
@@ -293,7 +293,7 @@ def benchmark(argv: Sequence[str] | None = None) -> None:
         f"a large product: {peak / 1e12:.2f} TFLOP/s\n"
     )
     print(
-        "| one step | ms, this project (quartiles) | ms, transformers | times as fast | peak MB, this project | "
+        "| one step | ms, this project (quartiles) | ms, transformers | times as fast | peak MiB, this project | "
         "transformers | ratio | GFLOP | TFLOP/s | MFU |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     for rate, (name, words), batch_size in itertools.product(options.dropout, settings.items(), options.batch_size):

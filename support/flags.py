@@ -632,7 +632,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
         type=number(int, 0, 2**63 - 1),
         metavar="N",
         default=0,
-        help="of all random numbers; the same seed prints the same lines (default: %(default)s)",
+        help="of all random numbers; on a CPU the same seed prints the same lines (default: %(default)s)",
     )
     group.add_argument(
         "--device",

@@ -293,6 +293,19 @@ def test_presets_are_flags():
         assert presets[preset].startswith(f"{record.ENTRIES[entry].flags} --train_steps ")
 
 
+def test_commands_for_a_large_text_are_the_preset():
+    """Both commands of the two gigabytes: base, its text and its length."""
+    commands = re.findall(r"^ +(python main.py --data my.txt .*?[^\\])$", PAGES["docs/your-text.md"], re.S | re.M)
+    assert len(commands) == 2
+    [preset] = re.findall(r"^\| base, .* \| `(--[^`]+)` \|", PAGES["docs/your-text.md"], re.M)
+    base, defaults = vars(flags.parse(preset.split())), vars(flags.parse([]))
+    own = {"data", "tokenizer", "valid", "log_steps", "output_dir"}
+    for command, length in zip(commands, ({"train_steps", "warmup_steps"}, set()), strict=True):
+        given = vars(flags.parse(shlex.split(command.replace("\\\n", ""))[2:]))
+        assert given["train_steps"] and {name for name in base if given[name] != base[name]} <= own | length
+        assert given | {name: defaults[name] for name in own} | {name: base[name] for name in length} == base
+
+
 def test_one_entry_has_the_same_flags_everywhere():
     """muon-128, in the record, the README, the comparison with neighbours and the picture of it."""
     entry = flags.parse(record.ENTRIES["muon-128"].flags.split())

@@ -135,7 +135,7 @@ def test_the_way_on_a_gpu(stand_ins, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "NVIDIA L4, 24 GB, driver 1.2; CUDA" in out and "peaks, TFLOP/s: bf16 121, tf32 60, float32 30\n" in out
     share = "100.0%"  # 2 * 60.5 GFLOP in 1 ms, at 121 TFLOP/s
-    assert f"tiny, batch 2, bf16, ours: 1.0 (1.0 to 1.0) ms, 128,000 tokens a second, MFU {share}, 1,234 MB\n" in out
+    assert f"tiny, batch 2, bf16, ours: 1.0 (1.0 to 1.0) ms, 128,000 tokens a second, MFU {share}, 1,234 MiB\n" in out
     steps, idle, kernels = tables(out)
     assert kernels == [[name, "1.0 (1.0 to 1.0)", "1,234"] for name in gpu.ALLOWED_KERNELS]
     order = [

@@ -97,6 +97,17 @@ def test_training_stops_at_its_minutes(monkeypatch):
     assert n_updates == 5
 
 
+@pytest.mark.parametrize("fitting, is_cut", [(3, False), (10**6, True)])
+def test_a_decay_that_is_cut_short_is_told(monkeypatch, capsys, fitting, is_cut):
+    """A line on stderr says that the minutes were over before the learning rate had decayed."""
+    clock = itertools.count()  # a second a call
+    monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(learning, "steps_within", lambda make_run, seconds: fitting)
+    record.train([*TINY.split(), *SHORT.split(), "--decay_method", "poly"], 20)
+    told = "the minutes were over at step 20 of 1000000, before the learning rate had decayed"
+    assert (told in capsys.readouterr().err) == is_cut
+
+
 def test_a_run_is_made_once(here, capsys):
     """Its row has what identifies it; a second call prints the same table, another seed adds a row."""
     run_record("--save", "models")

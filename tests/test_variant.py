@@ -1,4 +1,4 @@
-"""examples/variant.py: it trains, and differs from the default loader in the ranks alone."""
+"""The variants in examples/: they train, and differ from the default in one thing alone."""
 
 import re
 import sys
@@ -11,8 +11,10 @@ import torch
 import data_utils
 import main
 from data_utils import Loader
+from xlnet import BLOCKED
 
 sys.path.insert(0, str(Path(main.__file__).parent / "examples"))
+from attention_bias import Alibi
 from variant import ReadingOrderLoader
 
 SMALL = "--seq_len 64 --reuse_len 32 --perm_size 16 --num_predict 12 --mem_len 48 --n_layer 2 --device cpu".split()
@@ -66,4 +68,42 @@ def test_it_trains(capsys, tmp_path):
     assert "the run used ReadingOrderLoader and XLNet, and this program uses Loader and XLNet" in err
     losses = [float(loss) for loss in re.findall(r"Step cost = (\S+)", out)]
     assert len(losses) == 80
+    assert np.mean(losses[:4]) > 9.5 and np.mean(losses[-20:]) < 7
+
+
+# ---------------------------------------------------------------- attention_bias.py
+
+
+def attention_masks(model, batches):
+    """Return what the model adds to the scores of the last batch: for inp, for the rest and for the query stream."""
+    masks, mems = [], None
+    model.layer[0].register_forward_pre_hook(lambda layer, args: masks.extend(b.attn_mask for b in args[3].blocks))
+    for batch in batches:
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("target", "target_mask")}
+        _, mems = model(**inputs, mems=mems)
+    return masks[-3:]
+
+
+def test_the_bias_is_slope_times_distance():
+    """For each head, query and key, memory included; what is hidden stays hidden."""
+    run = main.prepare([*SMALL, "--n_head", "2"], model_class=Alibi)
+    plain = main.prepare([*SMALL, "--n_head", "2"]).model
+    batches = [run.loader.batch(0), run.loader.batch(1)]
+    slots = batches[1]["target_mapping"][:, 0].clamp(min=0).tolist()
+    in_window = [range(32), range(32, 64), slots]  # the positions of the queries
+    biased, masks = attention_masks(run.model, batches), attention_masks(plain, batches)
+    assert [mask.size(3) for mask in masks] == [64, 96, 96]  # 32 of memory
+    for positions, with_bias, without in zip(in_window, biased, masks, strict=True):
+        for head, slope in enumerate((2**-4, 2**-8)):
+            for i, j in np.ndindex(*without.shape[2:]):
+                expected = without[0, 0, i, j] - slope * abs(32 + positions[i] - j)
+                assert with_bias[0, head, i, j] == expected
+    assert (biased[0][:, :1][masks[0] == BLOCKED] == BLOCKED).all()
+
+
+@pytest.mark.slow
+def test_the_biased_model_trains(capsys):
+    """With the flags of main.py: the loss falls from guessing blindly, 10.3."""
+    main.main([*SMALL, "--train_steps", "80"], model_class=Alibi)
+    losses = [float(loss) for loss in re.findall(r"Step cost = (\S+)", capsys.readouterr().out)]
     assert np.mean(losses[:4]) > 9.5 and np.mean(losses[-20:]) < 7
