@@ -9,8 +9,8 @@
 `make_permute` writes the order out as a mask; `ranks_to_mask` says what ranks mean.
 
 Sources: the paper, arXiv:1906.08237, sections 2.2, 2.5 and 3.1, and zihangdai/xlnet, data_utils.py ("official").
-Official records also store each position's next token and whether B follows A; no loss reads either, so neither exists
-here. All randomness comes from the numpy Generator passed in.
+Official records also store each position's next token and whether B follows A. No loss uses them, so they are left out.
+A pass over the text is an epoch. All randomness comes from the numpy Generator passed in.
 """
 
 import bisect
@@ -25,7 +25,8 @@ import torch
 from support.corpus import Text, Vocabulary
 
 MAX_GRAM = 5  # longest span, in word pieces
-MAX_TURNS, TURN_WINDOWS = 16, 32  # by default at most 16 turns, and then at least 32 windows in each row
+# By default there are at most 16 turns. If there is more than one, each row has at least 32 windows.
+MAX_TURNS, TURN_WINDOWS = 16, 32
 
 # ---------------------------------------------------------------- rows
 
@@ -269,7 +270,7 @@ def create_data(
     mask_beta: int,
     rng: np.random.Generator,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the feature of each window of a row in turn; see `create_feature`."""
+    """Yield the feature of each window of a row in turn; see `create_feature`. Training calls that, not this."""
     for window in range(n_windows(len(row.ids), seq_len, reuse_len)):
         yield create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng)
 
@@ -297,7 +298,7 @@ def local_perm(
 
 
 def ranks_to_mask(rank: np.ndarray, is_target: np.ndarray) -> np.ndarray:
-    """Return the perm_mask that ranks mean: a position does not see higher ranks, a target not its own token.
+    """Return the perm_mask that ranks mean: no position sees a higher rank, and no query stream its own token.
 
     Four tokens, "the cat sat [SEP]", targets "cat" and "sat", order sat (0), [SEP] (1), cat (3); "the" is given (-1):
 
@@ -305,7 +306,7 @@ def ranks_to_mask(rank: np.ndarray, is_target: np.ndarray) -> np.ndarray:
             the   0   1   1   1         given: sees given tokens
             cat   0   1   0   0         last: sees all but itself
             sat   0   1   1   1         first: sees given tokens
-            SEP   0   1   0   0         second: sees sat, and itself
+            SEP   0   1   0   0         second: sees the, sat, and itself
 
     rank: [len] int; is_target: [len] bool -> perm_mask: [len, len] float32
     Training does not need the matrix: it passes ranks, and xlnet.order_mask makes the mask on the device.
@@ -362,7 +363,7 @@ def make_permute(
     num_predict: int,
     rng: np.random.Generator | int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Do what `permute` does, with the order written out as a mask.
+    """Do what `permute` does, with the order written out as a mask. Training passes ranks instead.
 
     rng: numpy Generator, or a seed for a new one
     -> dict of tensors as in `permute`, but perm_mask instead of rank: [seq_len, seq_len] float32, 1 = position i must

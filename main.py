@@ -40,7 +40,7 @@ SHAPE = ("n_layer", "n_head", "d_head", "d_model", "d_inner", "ff_activation", "
 LENGTHS = ("seq_len", "reuse_len", "perm_size", "num_predict", "mem_len")  # of a window
 PATHS = {"data", "valid", "cache_dir", "tokenizer", "output_dir", "resume", "init_checkpoint"}
 SIGPIPE = 13  # number of the signal for a closed pipe; Windows lacks signal.SIGPIPE
-MOST_STEPS_UNSAVED = 1000  # by default
+DEFAULT_INTERVAL = 1000  # steps between checkpoints, and between evaluations, in an epoch that is longer
 START_ANEW = (
     "start anew with a smaller --learning_rate, or from a checkpoint with --init_checkpoint, another --output_dir and "
     "a smaller --learning_rate"
@@ -113,8 +113,8 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
     With several processes, each one has the same model and its share of every batch. The processes together compute
     what one process with all rows would.
 
-    Raises NotFinite before an update would spoil the weights, Stopped after a step in which a signal came, and
-    checkpoint.SaveError.
+    Raises NotFinite if a loss or gradient is not finite, before the update that it would spoil, or if the validation
+    loss is not; Stopped after a step in which a signal came; and checkpoint.SaveError.
     """
     args, loader, model, device = run.args, run.loader, run.model, run.device
     save_steps, eval_steps = intervals(run)
@@ -151,7 +151,7 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     logits, memory[turn] = network(**batch, mems=memory[turn])
                 loss = prediction_loss(logits, target, target_mask)
-                if distributed:  # the shares of all processes add up to the mean over all targets
+                if distributed:  # weighted by its share of the targets, so that the sum is the mean over all targets
                     loss = loss * target_mask.sum() / processes.sum_over_processes(target_mask.sum()).clamp(min=1)
                 # DistributedDataParallel divides the sum of gradients by the number of processes: undo that
                 (loss * processes.world_size() / args.grad_accum_steps).backward()
@@ -196,10 +196,10 @@ def train(run: Run, reporter: Reporter) -> Iterator[dict[str, Any]]:
 def intervals(run: Run) -> tuple[int, int]:
     """Return the numbers of steps between checkpoints and between evaluations."""
     pass_len = run.loader.pass_len
-    save_steps = min(pass_len, MOST_STEPS_UNSAVED)
+    save_steps = min(pass_len, DEFAULT_INTERVAL)
     eval_steps = save_steps
     if run.valid_loader is not None:  # an evaluation step takes a third of the time of a training step
-        eval_steps = min(pass_len, max(MOST_STEPS_UNSAVED, 5 * run.valid_loader.pass_len))
+        eval_steps = min(pass_len, max(DEFAULT_INTERVAL, 5 * run.valid_loader.pass_len))
     return run.args.save_steps or save_steps, run.args.eval_steps or eval_steps
 
 
@@ -209,7 +209,7 @@ def evaluate(
     loader: Loader,
     device: torch.device,
     bf16: bool = False,
-    received_signal: Callable[[], int] = lambda: 0,
+    received_signal: Callable[..., int] = lambda: 0,
 ) -> float | None:
     """Return the mean loss over all targets of one pass, in nats, with dropout off and memory carried.
 
@@ -281,9 +281,9 @@ def stop_if_not_finite(numbers: dict[str, Any], pass_len: int) -> None:
     for name, column in ("loss", "loss"), ("norm of the gradient", "gradient_norm"):
         value = numbers.get(column, 0.0)
         if not math.isfinite(value):
-            window = (numbers["step"] - 1) % pass_len + 1
+            step_of_epoch = (numbers["step"] - 1) % pass_len + 1
             raise NotFinite(
-                f"the {name} of step {numbers['step']}, window {window} of epoch {numbers['pass']}, is {value}; "
+                f"the {name} of step {numbers['step']}, step {step_of_epoch} of epoch {numbers['pass']}, is {value}; "
                 f"stopped before the update; {START_ANEW}"
             )
 
@@ -635,10 +635,10 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
                 reporter.line("The run is complete; a larger --num_step or --train_steps continues it")
             for _ in train(run, reporter):
                 pass
-            last_pass, last_window = divmod(run.last_step - 1, run.loader.pass_len)
-            mean_loss = reporter.pass_loss / (last_window + 1)
+            last_epoch, steps_before = divmod(run.last_step - 1, run.loader.pass_len)
+            mean_loss = reporter.pass_loss / (steps_before + 1)
             reporter.line(
-                f"Mean loss of epoch {last_pass + 1}: {mean_loss:.3f} (guessing by word frequency: {entropy:.3f}, "
+                f"Mean loss of epoch {last_epoch + 1}: {mean_loss:.3f} (guessing by word frequency: {entropy:.3f}, "
                 f"guessing uniformly: {math.log(run.vocab.size):.3f})"
             )
             saved = f"The model is in {run.args.output_dir}/checkpoint-{run.last_step}"

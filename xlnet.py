@@ -35,7 +35,7 @@ ACTIVATIONS = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),  # the official code's gelu
 }
 BLOCKED = -1e30  # added to a score, it makes the softmax exactly 0 (official)
-SEGMENTS = 8  # segment ids are smaller; three are used, but matrix units like multiples of 8
+SEGMENTS = 8  # segment ids are below; three are used, and matrix units are faster with multiples of 8
 LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
 
 
@@ -152,7 +152,7 @@ def rel_shift(x: Tensor, position: Tensor, klen: int) -> Tensor:
 
 
 def order_mask(rank: Tensor, inp_q: Tensor | None) -> Tensor:
-    """Return the mask that ranks define: no position sees a higher rank, and a target does not see its own token.
+    """Return the mask that ranks define: no position sees a higher rank, and no query stream its own token.
 
     rank: [len, bsz] int, as data_utils.permute gives it; inp_q: [len, bsz], 1 = target; None: no targets
     -> [bsz, len (query), len (key)] bool, True = must not see
@@ -266,7 +266,7 @@ def cache_mem(curr_out: Tensor, prev_mem: Tensor | None, mem_len: int, reuse_len
     return curr_out[-mem_len:].detach().clone()
 
 
-def biased_query(q: Tensor, bias: Tensor) -> Tensor:
+def scaled_query(q: Tensor, bias: Tensor) -> Tensor:
     """Return (q + bias) / sqrt(d_head) in the type of q: under autocast a float32 bias would make the sum float32.
 
     q: [bsz, n_head, n_query, d_head]; bias: [n_head, d_head]
@@ -354,12 +354,12 @@ class RelativeAttention(nn.Module):
         Source: Transformer-XL, section 3.3, (a) to (d); the paper, section 2.5, (e); official rel_attn_core.
         """
         # (a) + (c)
-        q_parts, k_parts = [biased_query(q, self.r_w_bias)], [k]
+        q_parts, k_parts = [scaled_query(q, self.r_w_bias)], [k]
         masks = [block.attn_mask for block in queries.blocks]
         sizes = [mask.size(2) for mask in masks]
 
         # (b) + (d)
-        position_q = biased_query(q, self.r_r_bias)
+        position_q = scaled_query(q, self.r_r_bias)
         if keys.pos_emb is None:
             r = torch.einsum("fh,shnd->sfnd", keys.mix, self.r.unflatten(0, (2, -1))).flatten(0, 1)  # s: sines, cosines
             factors = torch.einsum("bnid,fnd->bnif", position_q, r)
@@ -375,7 +375,7 @@ class RelativeAttention(nn.Module):
         # its segment, where the keys of that segment hold a 1.
         if queries.segment is not None:
             difference = self.seg_embed[0] - self.seg_embed[1]
-            segment_q = torch.einsum("bnid,nd->bni", biased_query(q, self.r_s_bias), difference)
+            segment_q = torch.einsum("bnid,nd->bni", scaled_query(q, self.r_s_bias), difference)
             q_parts.append(segment_q[..., None] * queries.segment)
             k_parts.append(keys.segment)
 
@@ -470,7 +470,7 @@ class XLNet(nn.Module):
     dropout, dropatt: rates for hidden states and for attention weights, 0 = off
     attn_type: "bi", or "uni" for a left-to-right Transformer-XL; same_length: with "uni", all tokens see equally far
     bi_data: the second half of the batch is read backwards; the batch size must be even
-    clamp_len: greatest distance told apart, <= 0 = no limit
+    clamp_len: longest distance, in tokens; longer ones count as this one; 0 or -1 = no limit
     reuse_len: how many tokens of a window, from its first, enter the memory, 0 = all
     mem_len: how many tokens the memory keeps, 0 = none
     ff_activation: a key of ACTIVATIONS

@@ -1,7 +1,7 @@
 """Draw the pictures of the documents: `python docs/figures.py` writes docs/*.png.
 
 - order.png: an order over sixteen tokens, and what both streams see
-- window.png: a window of 64 tokens: its parts, its targets, and who sees whom
+- window.png: a window of 64 tokens: its content, its targets, and who sees whom
 - streams.png: one target through both streams, from its position to its prediction
 - memory.png: what three consecutive windows read
 - hero.png: held-out loss of this project and its neighbours, from benchmarks/results/learning.csv
@@ -143,7 +143,7 @@ def draw_window() -> None:
     for name, begin, end in names:
         top.text((begin + end - 1) / 2, -0.75, name, ha="center", va="bottom")
     draw_cells(bottom, sees)
-    for axes, label in ((top, "parts"), (middle, "targets")):
+    for axes, label in ((top, "content"), (middle, "targets")):
         axes.set_yticks([])
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
         axes.tick_params(which="both", length=0)
@@ -186,9 +186,12 @@ def draw_memory(args: argparse.Namespace, n_window: int = 3) -> None:
             middle = begin + args.reuse_len / 3
             arrow = {"arrowstyle": "->", "color": INK}
             axes.annotate("", xy=(middle, y - 0.73), xytext=(middle, y - 0.27), arrowprops=arrow)
+            if past:  # the end of the memory is kept
+                kept = begin - 0.46 * args.reuse_len
+                axes.annotate("", xy=(kept, y - 0.73), xytext=(kept, y - 0.27), arrowprops=arrow)
     axes.set_yticks(range(1, n_window + 1), [f"window {number}" for number in range(n_window, 0, -1)])
     axes.set_xticks(range(0, args.reuse_len * n_window + rest_len + 1, args.reuse_len // 2))
-    axes.set_xlabel("token of the text, where B follows A")
+    axes.set_xlabel("position in the text, drawn as if B always followed A")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     save(figure, "memory")

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--valid",
         type=flags.not_empty,
         metavar="FILE",
-        help="examples to measure accuracy on (default: a tenth of the others, held out at random)",
+        help="examples to measure accuracy on (default: a random tenth of the training file, held out)",
     )
     parser.add_argument(
         "--output_dir",

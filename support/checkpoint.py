@@ -5,10 +5,13 @@ out/checkpoint-<step>/
     vocab.txt or spiece.model, tokenizer_config.json
     trainer_state.pt                    the TrainingState
     SHA256SUMS                          as `sha256sum --check` reads it
-out/abandoned-<n>/                      checkpoints and metrics.csv of steps that were made again; a run's folder too
+out/abandoned-<n>/                      the checkpoints after the step that a run resumed from, with a copy of
+                                        metrics.csv; --resume can continue from here too
 out/.lock                               held by the process that writes to the folder
 
 The checkpoints in a run's folder belong to one history of training: `set_aside` moves all others away.
+
+A resumed run calls `find`, `load`, `check_flags`, `check`, `set_aside` and, in `main.train`, `restore`.
 """
 
 import argparse
@@ -50,7 +53,7 @@ class TrainingState:
     memory: list[torch.Tensor | None]  # for each turn of rows: [n_layer, mlen, batch_size, d_model]; None = no memory
     optimizer: dict[str, Any]  # the optimizer's state_dict; the state of a parameter that was never updated is None
     processes: list[dict[str, Any]]  # of each: gradients (of an unfinished accumulation), torch_rng, device, device_rng
-    flags: dict[str, Any]  # of the command line, by name; paths are absolute
+    flags: dict[str, Any]  # of the command line, by name; paths of texts, vocabulary and cache are absolute
     text: str  # digest of the text
     vocabulary: str  # digest of the vocabulary
     variant: list[str]  # names of the classes of loader and model
@@ -209,14 +212,15 @@ def set_aside(output_dir: str, step: int) -> None:
     """Move the checkpoints after `step` into a new folder abandoned-<n>; the run will repeat their steps.
 
     The copy of metrics.csv makes it the folder of a run, which --resume can continue. The newest checkpoint moves last:
-    if the process is killed before, --resume still continues from the same checkpoint.
+    if the process is killed before, --resume still continues from the same checkpoint. The metrics.csv of a run that
+    saved nothing is deleted.
 
     Raises UserError if the folder cannot be written to.
     """
     metrics = Path(output_dir) / "metrics.csv"
     later = [path for path in reversed(checkpoints(output_dir)) if step_of(path) > step]
     try:
-        if not checkpoints(output_dir) and metrics.is_file():  # of a run that saved nothing
+        if not checkpoints(output_dir) and metrics.is_file():
             metrics.unlink()
         if not later:
             return
@@ -280,10 +284,11 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(f"{checkpoint} cannot be saved: {error}; earlier checkpoints are whole") from None
     if limit:
-        line = [path for path in checkpoints(output_dir) if step_of(path) <= state.step]
-        for path in line[limit:]:
+        saved = [path for path in checkpoints(output_dir) if step_of(path) <= state.step]
+        for path in saved[limit:]:
             try:
-                holds_vocabulary = path.samefile(tokenizer.vocab_file.resolve().parent)  # the next save copies it again
+                # The next save copies the vocabulary from where this run has read it.
+                holds_vocabulary = path.samefile(tokenizer.vocab_file.resolve().parent)
                 if not holds_vocabulary:
                     remove(path)
             except OSError as error:

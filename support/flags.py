@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from support import UserError
 from support.corpus import TOKENIZERS
 
-# Flags that may differ from those of the checkpoint. Text and vocabulary are compared by content. A flag that AdamW
-# keeps in its state must not be here: loading the state would undo a new value.
+# Flags that may differ from those of the checkpoint. Text and vocabulary are compared by content. The flags that the
+# optimizer's state holds cannot be here: `checkpoint.check` requires the saved betas, eps and weight_decay.
 MAY_CHANGE = {
     "num_step", "train_steps", "save_steps", "save_total_limit", "eval_steps", "eval_only", "log_steps", "device",
     "data", "tokenizer", "valid", "output_dir", "resume", "tensorboard", "cache_dir",
@@ -510,7 +510,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         type=number(int, -1, MOST_TOKENS),
         metavar="N",
         default=-1,
-        help="largest distance told apart, tokens; 0 or -1 = no limit (default: %(default)s)",
+        help="distances above N tokens are treated as N; 0 or -1 = no limit (default: %(default)s)",
     )
     group.add_argument(
         "--same_length",
@@ -649,7 +649,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the model: minutes at the start; meant for GPUs",
+        help="torch.compile the model: minutes at the start; meant for GPUs, not measured on one",
     )
     group.add_argument(
         "--output_dir",

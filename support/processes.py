@@ -201,7 +201,7 @@ def tell_torchrun(message: str) -> None:
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over the processes of the run."""
+    """Return the sum of a tensor over the processes of the run. All processes must call this."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -254,8 +254,10 @@ def gather(value: object) -> list | None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], int]]:
-    """Yield a function that returns the first SIGINT, SIGTERM or SIGHUP that any process has received, 0 before.
+def stop_signals() -> Iterator[Callable[..., int]]:
+    """Yield a function that returns a SIGINT, SIGTERM or SIGHUP that any process has received, 0 before.
+
+    All processes must call the function, and it returns the same signal in all.
 
     A signal number given to the function counts as received by this process if no signal came before.
 

@@ -1,6 +1,6 @@
 """Report a run: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
 
-A Reporter reports and never ends a run.
+A problem with an output file is a warning and does not end the run.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class Reporter:
     On a GPU reports are one step late: the CPU prepares and reports while the GPU computes.
 
     first_step, last_step: steps done before this start, and in the whole run
-    pass_loss: sum of the losses of the first pass before this start
-    pass_len: steps of a pass; tokens_per_step: of the text, in all processes
+    pass_loss: sum of the losses so far in the epoch that this start continues
+    pass_len: steps of a pass over the text, which is an epoch; tokens_per_step: of the text, in all processes
     output_dir: folder of metrics.csv and loss.png, or None; tensorboard: write event files there too
     log_steps: steps per printed line, which shows their mean loss
     device: the device of the steps; silent: report nothing, in all processes but the first
@@ -69,7 +69,8 @@ class Reporter:
         self.waiting: list[tuple[dict[str, Any], torch.Event | None]] = []
         self.pass_loss = pass_loss  # sum of the losses of this pass
         self.last: dict[str, Any] = {}  # metrics of the last step reported
-        self.row: dict[str, Any] | None = None  # the row not yet in metrics.csv; the same dict as `last`
+        # the row not yet in metrics.csv, the same dict as `last`: `validation` may still add its loss
+        self.row: dict[str, Any] | None = None
         self.output_dir = None if silent else output_dir
         self.file = self.events = None
         if self.output_dir and tensorboard:
@@ -100,7 +101,7 @@ class Reporter:
     def end_step(self, metrics: dict[str, Any], wait: bool = False) -> list[dict[str, Any]]:
         """Take the metrics of a step (numbers and tensors), and report the steps that have arrived.
 
-        On a GPU this is the previous step; with `wait` this step too.
+        On a GPU that is the previous step; with `wait` also this one.
 
         metrics: pass and step from 1, loss, and after an update learning_rate and gradient_norm
         -> the metrics of the steps reported now, as plain numbers
@@ -141,15 +142,15 @@ class Reporter:
         """Print the line of a step, and pass its numbers on to metrics.csv and TensorBoard."""
         self.flush()
         self.last = self.row = metrics
-        window = (metrics["step"] - 1) % self.pass_len + 1
-        if window == 1:
+        step_of_epoch = (metrics["step"] - 1) % self.pass_len + 1
+        if step_of_epoch == 1:
             self.pass_loss = 0.0
         self.pass_loss += metrics["loss"]
         self.unprinted.append(metrics["loss"])
         if metrics["step"] % self.log_steps == 0 or metrics["step"] == self.last_step:
             loss = statistics.fmean(self.unprinted)
             self.unprinted.clear()
-            self.line(f"Number of Epoch: {metrics['pass']:04d} in {window:04d} Step cost = {loss:.6f}")
+            self.line(f"Number of Epoch: {metrics['pass']:04d} in {step_of_epoch:04d} Step cost = {loss:.6f}")
         self.progress.update()
         if metrics["step"] == self.first_step + RECENT:
             self.tell_duration()

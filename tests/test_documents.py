@@ -180,8 +180,8 @@ def test_comparisons(clone, monkeypatch, capsys, command):
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("--batch_size 1 2 4 8 --shapes default --dropout 0", 4),
-        ("--growth --dropout 0", 7),
+        ("--batch_size 1 2 4 8 --shapes default --dropout 0 --steps 10", 4),
+        ("--growth --dropout 0 --steps 4", 7),
     ],
 )
 def test_flags_of_the_step_benchmark(monkeypatch, capsys, command, rows):

@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         main.main(command)
     [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 1 and "loss of step 22, window 8 of epoch 2, is nan" in line
+    assert stop.value.code == 1 and "loss of step 22, step 8 of epoch 2, is nan" in line
     assert main.checkpoint.checkpoints(out)[0] == out / "checkpoint-20"
     weights = XLNet.from_pretrained(out / "checkpoint-20").state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
@@ -413,7 +413,7 @@ def test_an_update_that_is_not_finite_changes_nothing(monkeypatch, spoilt):
 
         before = state()
         monkeypatch.setattr(main, "prediction_loss", spoil)
-        with pytest.raises(main.NotFinite, match=f"the {spoilt} of step 2, window 2 of epoch 1, is (inf|nan); stopped"):
+        with pytest.raises(main.NotFinite, match=f"the {spoilt} of step 2, step 2 of epoch 1, is (inf|nan); stopped"):
             next(steps)
         assert all(map(torch.equal, before, state()))
 

@@ -1,4 +1,4 @@
-"""What a run tells: lines, metrics.csv, TensorBoard, a picture; and that telling never ends a run."""
+"""What a run tells: lines, metrics.csv, TensorBoard, a picture; and that a problem with a file does not end a run."""
 
 import csv
 import gc
