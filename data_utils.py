@@ -285,8 +285,8 @@ def local_perm(
 
     One order of perm_size positions is drawn; every block of that length uses it, and an earlier block comes before a
     later one. Tokens neither masked nor functional (SEP, CLS) are given from the start: their rank is -1. SEP and CLS
-    take part in the order like targets, so only positions later in the order see what they have gathered; they are
-    never predicted. `ranks_to_mask` says who sees whom.
+    take part in the order as targets do, but are never predicted. Only positions later in the order see them, and with
+    them what they have gathered. `ranks_to_mask` says who sees whom.
 
     is_masked, functional: [part_len] bool; perm_size divides part_len
     -> rank: [part_len] int64, -1 to part_len - 1; is_target: [part_len] bool, masked and not functional

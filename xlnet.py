@@ -202,8 +202,7 @@ def query_blocks(blocked: Tensor, slots: Tensor | None, first_part: int, dtype: 
 
     blocked: [bsz, qlen, klen] bool, True = must not see; a position of the content stream also sees itself
     slots: [num_predict, bsz], the position of each slot, -1 = empty slot, which sees nothing; None: no query stream
-    first_part: this many positions, from the first, never see any of the others. They get a block with fewer keys;
-        0 = unknown
+    first_part: the first so many positions see no later position, so their block has fewer keys; 0 = unknown
     dtype: of the mask
     """
     qlen, klen = blocked.shape[1:]
@@ -507,7 +506,7 @@ class XLNet(nn.Module):
             raise ValueError(f"attn_type {attn_type!r} must be 'bi' or 'uni'")
         if ff_activation not in ACTIVATIONS:
             raise ValueError(f"ff_activation {ff_activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        # The entries of transformers' XLNetConfig that the model depends on; dropatt is the only one it lacks.
+        # The entries of transformers' XLNetConfig that the model depends on, dropatt, and the released models' untie_r.
         self.config = {
             "vocab_size": n_token,
             "n_layer": n_layer,
@@ -544,9 +543,9 @@ class XLNet(nn.Module):
     def init_weights(self, init: str = "local", init_std: float | None = None) -> None:
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
-        init: "normal" stops there, as in the official code, where only mask_emb starts differently. "local" also makes
-            each head prefer one distance. Without that the query stream, which starts as the same vector at every
-            position, cannot tell its neighbours apart.
+        init: "normal" does no more, as the official code, but for the start of its mask_emb. "local" also makes each
+            head prefer one distance. Without that the query stream, which starts as the same vector at every position,
+            cannot tell its neighbours apart.
         init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local". That is 0.09 at width 32 and
             0.018 at width 768. At every width the logits then have a standard deviation of 0.5, and the first loss is
             near that of guessing.
@@ -626,7 +625,7 @@ class XLNet(nn.Module):
         rank: Tensor | None,
         inp_q: Tensor | None,
     ) -> Tensor:
-        """Return the mask of the query stream. `query_blocks` lets the content stream see itself.
+        """Return who must not see whom in the query stream; `query_blocks` lets the content stream also see itself.
 
         mlen: length of the memory; the other arguments as in `forward`
         -> [bsz, qlen, klen] bool, True = must not see
@@ -779,7 +778,7 @@ def prediction_loss(logits: Tensor, target: Tensor, target_mask: Tensor) -> Tens
 # Entries of config.json that must have this value; a missing entry means the same value.
 FIXED_ENTRIES = {"model_type": "xlnet", "untie_r": True, "tie_word_embeddings": True, "layer_norm_eps": 1e-12}
 NEEDED_ENTRIES = ("model_type", "vocab_size", "n_layer", "n_head", "d_model", "d_inner", "ff_activation")
-ENTRIES = {  # arguments of the constructor: type, least and largest value
+ENTRIES = {  # of config.json: type, least and largest value
     "vocab_size": (int, 1, 2**24),
     "n_layer": (int, 1, 1000),
     "n_head": (int, 1, 2**16),

@@ -198,7 +198,7 @@ def lock(output_dir: str) -> None:
 
 
 def file_number(path: str) -> tuple[int, int]:
-    """Return numbers that identify a file under every name; no new file gets them while this one is open."""
+    """Return two numbers that are the same for all names of a file, and of no other file while it is open."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
@@ -212,8 +212,8 @@ def set_aside(output_dir: str, step: int) -> None:
     """Move the checkpoints after `step` into a new folder abandoned-<n>; the run will repeat their steps.
 
     The copy of metrics.csv makes it the folder of a run, which --resume can continue. The newest checkpoint moves last:
-    if the process is killed before, --resume still continues from the same checkpoint. The metrics.csv of a run that
-    saved nothing is deleted.
+    if the process is killed before that, --resume finds the same one as before. The metrics.csv of a run that saved
+    nothing is deleted.
 
     Raises UserError if the folder cannot be written to.
     """

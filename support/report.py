@@ -1,6 +1,6 @@
 """Report a run: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
 
-A problem with an output file is a warning and does not end the run.
+A problem with metrics.csv or loss.png is a warning and does not end the run.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ LONG = 600  # seconds; a longer run prints how long it will take
 class Reporter:
     """Reports each step when its numbers have arrived.
 
-    On a GPU reports are one step late: the CPU prepares and reports while the GPU computes.
+    On cuda and xpu reports are one step late: the CPU prepares and reports while the GPU computes.
 
     first_step, last_step: steps done before this start, and in the whole run
     pass_loss: sum of the losses so far in the epoch that this start continues
