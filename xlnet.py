@@ -35,7 +35,7 @@ ACTIVATIONS = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),  # the official code's gelu
 }
 BLOCKED = -1e30  # added to a score, it makes the softmax exactly 0 (official)
-SEGMENTS = 8  # segment ids are below; three are used, and matrix units are faster with multiples of 8
+SEGMENTS = 8  # segment ids are below 8; three are used, and matrix units are faster with multiples of 8
 LOCAL_DISTANCES = (-1, 1, -2, 2, -3, 3, -4, 4)  # query minus key: 1 is the token before, -1 the one after
 
 
@@ -202,7 +202,8 @@ def query_blocks(blocked: Tensor, slots: Tensor | None, first_part: int, dtype: 
 
     blocked: [bsz, qlen, klen] bool, True = must not see; a position of the content stream also sees itself
     slots: [num_predict, bsz], the position of each slot, -1 = empty slot, which sees nothing; None: no query stream
-    first_part: the first so many positions see no later position, so their block has fewer keys; 0 = unknown
+    first_part: number of positions at the beginning that see none of the others; their block has fewer keys. 0 =
+        unknown
     dtype: of the mask
     """
     qlen, klen = blocked.shape[1:]
@@ -543,8 +544,8 @@ class XLNet(nn.Module):
     def init_weights(self, init: str = "local", init_std: float | None = None) -> None:
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
-        init: "normal" does no more, as the official code, but for the start of its mask_emb. "local" also makes each
-            head prefer one distance. Without that the query stream, which starts as the same vector at every position,
+        init: "normal" is the start of the official code, except for that of mask_emb. "local" also makes each head
+            prefer one distance. Without that the query stream, which starts as the same vector at every position,
             cannot tell its neighbours apart.
         init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local". That is 0.09 at width 32 and
             0.018 at width 768. At every width the logits then have a standard deviation of 0.5, and the first loss is

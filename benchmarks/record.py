@@ -12,8 +12,9 @@ preparing the text, judging and a short run that measures the speed do not count
 so that a decay ends in time. A run that is not finished when the minutes are over stops there. Entries are chosen on
 corpus/valid.txt. --final also judges them on corpus/test.txt, on which nothing is tuned.
 
-Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes, which makes
-vocabularies comparable. Text that a vocabulary does not know is easier to predict; the table gives its share.
+Loss: nats per predicted token. Bits per byte: loss / ln 2 * word pieces of the text / its bytes. It compares
+vocabularies roughly: a piece of a finer one sees more pieces of its own word. Text that a vocabulary does not know is
+easier to predict; the table gives its share.
 
 Each judgement adds a line to the csv. Runs that the csv already holds are not made again. Without seeds the program
 only prints the table.
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import learning
 
 import main
-from support import UserError, flags, mistakes_in_one_line
+from support import UserError, flags, mistakes_in_one_line, warn
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (
@@ -104,7 +105,7 @@ def train(argv: Sequence[str], seconds: float) -> tuple[main.Run, int, float]:
             if time.perf_counter() - begin >= seconds:
                 break
     if cut := learning.cut_short(run, metrics["step"]):
-        print(f"record.py: {' '.join(argv)}: {cut}", file=sys.stderr)
+        warn(f"{' '.join(argv)}: {cut}")
     return run, metrics["step"] // run.args.grad_accum_steps, time.perf_counter() - begin
 
 

@@ -183,12 +183,12 @@ def draw_memory(args: argparse.Namespace, n_window: int = 3) -> None:
             axes.plot([begin, begin], [y - 0.33, y + 0.33], color=ORANGE, linestyle="--", linewidth=2)
             axes.text(begin - 6, y - 0.31, "no gradient", ha="right", va="top", color=ORANGE, fontsize=9)
         if window + 1 < n_window:
-            middle = begin + args.reuse_len / 3
-            arrow = {"arrowstyle": "->", "color": INK}
-            axes.annotate("", xy=(middle, y - 0.73), xytext=(middle, y - 0.27), arrowprops=arrow)
-            if past:  # the end of the memory is kept
-                kept = begin - 0.46 * args.reuse_len
-                axes.annotate("", xy=(kept, y - 0.73), xytext=(kept, y - 0.27), arrowprops=arrow)
+            kept = [begin + args.reuse_len / 3]  # what the next window finds in its memory
+            if past:
+                kept.append(begin - 0.46 * args.reuse_len)  # left of "no gradient"
+            for x in kept:
+                arrow = {"arrowstyle": "->", "color": INK}
+                axes.annotate("", xy=(x, y - 0.73), xytext=(x, y - 0.27), arrowprops=arrow)
     axes.set_yticks(range(1, n_window + 1), [f"window {number}" for number in range(n_window, 0, -1)])
     axes.set_xticks(range(0, args.reuse_len * n_window + rest_len + 1, args.reuse_len // 2))
     axes.set_xlabel("position in the text, drawn as if B always followed A")

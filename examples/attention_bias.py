@@ -33,7 +33,7 @@ class Alibi(XLNet):
         dtype: torch.dtype,
     ) -> tuple[Queries, Keys]:
         queries, keys = super().queries_and_keys(inp_k, seg_id, mlen, slots, blocks, dtype)
-        n_head, device = self.layer[0].rel_attn.q.size(1), inp_k.device
+        n_head, device = self.config["n_head"], inp_k.device
         slope = 2 ** (-8 / n_head * torch.arange(1, n_head + 1, device=device))
         positions = queries.position.split([block.attn_mask.size(2) for block in blocks], dim=1)
         biased = []
