@@ -10,7 +10,8 @@
 
 Sources: the paper, arXiv:1906.08237, sections 2.2, 2.5 and 3.1, and zihangdai/xlnet, data_utils.py ("official").
 Official records also store each position's next token and whether B follows A. No loss uses them, so they are left out.
-A pass over the text is an epoch. All randomness comes from the numpy Generator passed in.
+A pass over the text is an epoch. A turn is the batch_size rows that one step reads; turns alternate from step to step.
+Functions draw from the numpy Generator passed in; Loader makes one from seed, visit and row.
 """
 
 import bisect
@@ -270,7 +271,7 @@ def create_data(
     mask_beta: int,
     rng: np.random.Generator,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the feature of each window of a row in turn; see `create_feature`. Training calls that, not this."""
+    """Yield the feature of each window of a row, for tests and benchmarks; training calls `create_feature`."""
     for window in range(n_windows(len(row.ids), seq_len, reuse_len)):
         yield create_feature(row, window, vocab, seq_len, reuse_len, num_predict, mask_alpha, mask_beta, rng)
 

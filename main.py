@@ -53,13 +53,15 @@ class NotFinite(Exception):
 
 
 class Stopped(Exception):
-    """A signal has stopped the run after a step."""
+    """A signal has stopped the run after a step, or --eval_only (step: None)."""
 
-    def __init__(self, signum: int, step: int, output_dir: str | None):
+    def __init__(self, signum: int, step: int | None, output_dir: str | None):
         super().__init__(signum, step, output_dir)
         self.signum, self.step, self.output_dir = signum, step, output_dir
 
     def __str__(self) -> str:
+        if self.step is None:
+            return "stopped before the evaluation was complete"
         saved = "nothing is saved without --output_dir"
         if self.output_dir:
             saved = f"saved {self.output_dir}/checkpoint-{self.step}; go on with --resume {self.output_dir}"
@@ -75,7 +77,7 @@ class Run:
     vocab: corpus.Vocabulary
     text: corpus.Text
     valid_text: corpus.Text | None
-    loader: Loader
+    loader: Loader  # with --eval_only that of the validation text, like text
     valid_loader: Loader | None
     model: XLNet
     device: torch.device
@@ -311,7 +313,7 @@ def save_checkpoint(
     if state is not None:
         config = run.vocab.hugging_face_config() | {name: vars(run.args)[name] for name in LENGTHS}
         checkpoint.save(run.args.output_dir, state, run.model, run.tokenizer, config, run.args.save_total_limit)
-        reporter.draw()
+        reporter.draw_if_due()
 
 
 # ---------------------------------------------------------------- from flags to a run
@@ -344,15 +346,18 @@ def prepare(
 
     text, valid_text = load_texts(args, tokenizer, vocab)
     window = args.bi_data, args.seq_len, args.reuse_len
-    if args.rows is None:
-        args.rows = default_rows(len(text.ids), args.batch_size, *window)
-    name = f"data {list_files(args.data)}"
-    loader = make_loader(name, text, vocab, args, args.rows, args.batch_size, args.seed, loader_class)
     valid_loader = None
     if valid_text is not None:
         n_rows, together = evaluation_rows(len(valid_text.ids), args.batch_size, *window)
         name = f"valid {args.valid}"
         valid_loader = make_loader(name, valid_text, vocab, args, n_rows, together, 0, loader_class)
+    if args.eval_only:
+        loader = valid_loader
+    else:
+        if args.rows is None:
+            args.rows = default_rows(len(text.ids), args.batch_size, *window)
+        name = f"data {list_files(args.data)}"
+        loader = make_loader(name, text, vocab, args, args.rows, args.batch_size, args.seed, loader_class)
 
     torch.manual_seed(args.seed)
     model = make_model(args, vocab, source, model_class).to(device)
@@ -360,7 +365,7 @@ def prepare(
         model.compile(dynamic=False)  # the length of memory changes in only a few steps
     run = Run(args, tokenizer, vocab, text, valid_text, loader, valid_loader, model, device, state, source)
     check_run(run)
-    if state is not None:
+    if state is not None and not args.eval_only:
         checkpoint.check(state, source, model, make_optimizer(model, args), shapes_of_memory(run))
     return run
 
@@ -398,7 +403,7 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, TrainingStat
         source = checkpoint.find_model(name, "--init_checkpoint", check=lambda folder: flags_of_model(folder, name))
         fixed, suggested = flags_of_model(source, name)
         if given.seq_len is None:  # lengths belong together
-            suggested |= lengths_of_model(source)
+            suggested |= lengths_of_model(source, name)
         args = flags.parse(argv, fixed, name, suggested)
     flags.fill_defaults(args, processes.world_size())
     flags.check(args, processes.world_size())
@@ -425,22 +430,38 @@ def flags_of_model(source: str, name: str) -> tuple[dict[str, Any], dict[str, An
     return fixed, suggested
 
 
-def lengths_of_model(source: str) -> dict[str, int]:
-    """Return the window lengths that a checkpoint was trained with; {} unless config.json has all of them."""
+def lengths_of_model(source: str, name: str) -> dict[str, int]:
+    """Return the window lengths that a checkpoint was trained with; {} unless config.json has all of them.
+
+    source: the folder of the model; name: its name for messages
+    """
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    lengths = {name: config.get(name) for name in LENGTHS}
-    return lengths if all(type(length) is int for length in lengths.values()) else {}
+    lengths = {flag: config.get(flag) for flag in LENGTHS}
+    if not all(type(length) is int for length in lengths.values()):
+        return {}
+    for flag, length in lengths.items():
+        least = 0 if flag == "mem_len" else 1
+        if not least <= length <= flags.MOST_TOKENS:
+            raise UserError(
+                f"--init_checkpoint {name}: config.json sets {flag} to {length}, which is not from {least} to "
+                f"{flags.MOST_TOKENS}; give --seq_len, and all lengths come from the flags"
+            )
+    return lengths
 
 
 def load_texts(
     args: argparse.Namespace, tokenizer: corpus.Tokenizer, vocab: corpus.Vocabulary
 ) -> tuple[corpus.Text, corpus.Text | None]:
-    """Return the text to train on and the one to validate on, if any."""
+    """Return the text to train on and the one to validate on, if any; with --eval_only the latter twice."""
+    if args.eval_only and flags.share(args.valid) is None:
+        valid_text = corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
+        return valid_text, valid_text
     text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
     if not args.valid:
         return text, None
     if flags.share(args.valid) is not None:
-        return hold_out(text, args)
+        text, valid_text = hold_out(text, args)
+        return (valid_text if args.eval_only else text), valid_text
     return text, corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
 
 
@@ -530,7 +551,7 @@ def make_model(
 def check_run(run: Run) -> None:
     """Raise UserError if the run has no update, or does not match the checkpoint that it resumes."""
     args, state = run.args, run.state
-    if run.total_updates == 0:
+    if run.total_updates == 0 and not args.eval_only:
         raise UserError(
             f"--grad_accum_steps {args.grad_accum_steps} is more than the {run.last_step} steps of the run; "
             f"give at most that"
@@ -625,8 +646,8 @@ def run_command(argv: list[str] | None, loader_class: type[Loader], model_class:
         if run.args.eval_only:
             return evaluate_only(run)
         entropy = corpus.unigram_entropy(run.text.counts)
-        if run.args.output_dir and processes.rank() == 0:
-            checkpoint.set_aside(run.args.output_dir, run.first_step)
+        if run.args.output_dir:
+            processes.together(lambda: checkpoint.set_aside(run.args.output_dir, run.first_step))
         with contextlib.closing(make_reporter(run)) as reporter:
             reporter.line(describe(run))
             if run.state is not None:
@@ -656,7 +677,7 @@ def evaluate_only(run: Run) -> dict[str, Any]:
         reporter.line(describe_model(run, run.valid_text, name))
         loss = evaluate(run.model, run.valid_loader, run.device, run.args.bf16, received_signal)
         if loss is None:
-            raise Stopped(received_signal(), run.first_step, None)
+            raise Stopped(received_signal(), None, None)
         reporter.validation(loss)
     return {"validation_loss": loss, "unigram_entropy": corpus.unigram_entropy(run.valid_text.counts)}
 
@@ -692,7 +713,7 @@ def main(
             sys.exit(1)
         end(128 + error.signum, str(error))
     except KeyboardInterrupt:
-        end(130, "stopped by Ctrl-C before the first step; nothing is saved")
+        end(130, "stopped by Ctrl-C before the first step; nothing new is saved")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         if processes.is_out_of_memory(error):

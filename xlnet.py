@@ -7,12 +7,13 @@ Sources: the paper, arXiv:1906.08237, sections 2.3 to 2.5; Transformer-XL, arXiv
 appendix B; zihangdai/xlnet, modeling.py ("official" below). The official names are kept: `r_w_bias` and `r_r_bias`
 are Transformer-XL's u and v.
 
-Axes, in every einsum and every shape:
+Axes, in every einsum, and in the comments on shapes:
     i  query (n_query): the qlen positions of the content stream, then the num_predict slots of the query stream
     j  key (klen = mlen + qlen): the memory, then the content stream
     r  relative distance (rlen), from klen down
     b  batch (bsz)                                 n  head (n_head)
     d  width of a head (d_head)                    h  width of the model (d_model)
+    f  frequency (n_frequency)                     s  sine or cosine (2)
 """
 
 import functools
@@ -50,7 +51,7 @@ def frequencies(d_model: int) -> Tensor:
 def position_features(x: Tensor, frequency: Tensor) -> Tensor:
     """Return the sines, then the cosines, of positions or distances.
 
-    x: [...], in tokens; frequency: [n], float64, in radians per token -> [..., 2 n], float64
+    x: [...], in tokens; frequency: [n_frequency], float64, in radians per token -> [..., 2 n_frequency], float64
     """
     angle = x[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -65,7 +66,7 @@ def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
     896 tokens and width 768, 136 of 384 suffice. QR with column pivoting finds them: the next frequency is always the
     one that the chosen ones explain least.
 
-    -> frequency [n]; mix [n, d_model / 2], the weights of the n frequencies in each frequency
+    -> frequency [n_frequency]; mix [n_frequency, d_model / 2], the weights of the chosen ones in each frequency
     """
     frequency = frequencies(d_model)
     waves = torch.cat(position_features(torch.arange(reach + 1), frequency).chunk(2, dim=1))  # [.., d_model / 2]
@@ -74,7 +75,7 @@ def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
     enough = 3e-7 * rest.norm(dim=0).max()
     while len(chosen) < len(frequency):
         size = rest.norm(dim=0)
-        if size.max() < enough and len(chosen) % 4 == 0:  # fused kernels need 2 n to be a multiple of 8
+        if size.max() < enough and len(chosen) % 4 == 0:  # fused kernels need a multiple of 8 features
             break
         chosen.append(int(size.argmax()))
         direction = F.normalize(rest[:, chosen[-1]], dim=0)
@@ -86,8 +87,9 @@ def few_frequencies(reach: int, d_model: int) -> tuple[Tensor, Tensor]:
 @torch.compiler.disable
 @functools.lru_cache(maxsize=32)
 def position_tables(klen: int, d_model: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the features of all key positions, [klen, 2 n], and the mix of `few_frequencies`, [n, d_model / 2].
+    """Return the features of all key positions and the mix of `few_frequencies`.
 
+    -> [klen, 2 n_frequency], [n_frequency, d_model / 2]
     Positions are counted from the middle key.
     """
     reach = 64 * math.ceil(klen / 64)  # similar lengths share the frequencies, which take a moment to find
@@ -103,8 +105,8 @@ def rotate(x: Tensor, features: Tensor) -> Tensor:
 
         A sin(w (i - j)) + B cos(w (i - j)) = [B sin(w i) - A cos(w i)] sin(w j) + [A sin(w i) + B cos(w i)] cos(w j)
 
-    x: [..., 2 n], the factors A, then B; features: [..., 2 n], of the query's position
-    -> [..., 2 n], the factors of the sines, then of the cosines
+    x: [..., 2 n_frequency], the factors A, then B; features: the same shape, of the query's position
+    -> the same shape, the factors of the sines, then of the cosines
     """
     a, b = x.chunk(2, dim=-1)
     sin, cos = features.chunk(2, dim=-1)
@@ -189,7 +191,7 @@ def slot_positions(target_mapping: Tensor) -> Tensor:
 
 
 class QueryBlock(NamedTuple):
-    """Who may see whom among neighbouring queries and the first n_key keys of memory ++ content stream."""
+    """The mask of a run of adjacent queries; its columns are the first n_key keys: memory, then content stream."""
 
     # [bsz, 1, n_query, n_key], added to the scores: 0 = may see, BLOCKED = must not see. A blind query has only 0: in
     # bfloat16 a fused kernel of a GPU turns a row of nothing but BLOCKED into gradients of NaN.
@@ -233,7 +235,7 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
 
     Each value draws a random byte and is dropped if the byte is below 256 * rate. If 256 * rate is not a whole number,
     every line of x draws whether to round it up or down, so that a value is dropped with a chance of exactly `rate`.
-    Very close to rate 1 the threshold might not fit into a byte.
+    Above rate 0.99 the threshold might not fit into a byte, so F.dropout is used.
 
     x: [..., width], float; rate: in [0, 1)
     """
@@ -303,7 +305,7 @@ class Queries(NamedTuple):
     """What all layers share about the queries: the content stream, then the query stream."""
 
     position: Tensor  # [bsz, n_query] int, counted from the first key
-    features: Tensor  # [bsz, 1, n_query, 2 n], of the position
+    features: Tensor  # [bsz, 1, n_query, 2 n_frequency], of the position
     segment: Tensor | None  # [bsz, 1, n_query, SEGMENTS], one-hot; None: no segments
     blocks: list[QueryBlock]
 
@@ -316,9 +318,9 @@ class Queries(NamedTuple):
 class Keys(NamedTuple):
     """What all layers share about the keys: the memory, then the content stream."""
 
-    features: Tensor  # [bsz, 1, klen, 2 n], of the position
+    features: Tensor  # [bsz, 1, klen, 2 n_frequency], of the position
     segment: Tensor | None  # [bsz, 1, klen, SEGMENTS], one-hot; None: no segments
-    mix: Tensor  # [n, d_model / 2], see `few_frequencies`
+    mix: Tensor  # [n_frequency, d_model / 2], see `few_frequencies`
     pos_emb: Tensor | None  # [rlen, bsz, d_model], for `rel_shift`; None: scores come from the features
 
 
@@ -361,7 +363,8 @@ class RelativeAttention(nn.Module):
         # (b) + (d)
         position_q = scaled_query(q, self.r_r_bias)
         if keys.pos_emb is None:
-            r = torch.einsum("fh,shnd->sfnd", keys.mix, self.r.unflatten(0, (2, -1))).flatten(0, 1)  # s: sines, cosines
+            halves = self.r.unflatten(0, (2, -1))  # of the sines and of the cosines: [2, d_model / 2, n_head, d_head]
+            r = torch.einsum("fh,shnd->sfnd", keys.mix, halves).flatten(0, 1)
             factors = torch.einsum("bnid,fnd->bnif", position_q, r)
             q_parts.append(rotate(factors, queries.features))
             k_parts.append(keys.features)
@@ -545,8 +548,8 @@ class XLNet(nn.Module):
         """Draw all parameters anew: normal(0, init_std), biases 0, LayerNorm 1 and 0.
 
         init: "normal" is the start of the official code, except for that of mask_emb. "local" also makes each head
-            prefer one distance. Without that the query stream, which starts as the same vector at every position,
-            cannot tell its neighbours apart.
+            prefer one distance. Without that nothing tells the query stream, which starts as the same vector at every
+            position, to look at its neighbours.
         init_std: None = 0.02 with "normal" (official), 0.5 / sqrt(d_model) with "local". That is 0.09 at width 32 and
             0.018 at width 768. At every width the logits then have a standard deviation of 0.5, and the first loss is
             near that of guessing.
@@ -786,8 +789,8 @@ ENTRIES = {  # of config.json: type, least and largest value
     "d_head": (int, 1, 2**16),
     "d_inner": (int, 1, 2**16),
     "d_model": (int, 2, 2**16),
-    "dropout": (float, 0, 1),
-    "dropatt": (float, 0, 1),
+    "dropout": (float, 0, 0.999),
+    "dropatt": (float, 0, 0.999),
     "attn_type": (str, None, None),
     "bi_data": (bool, None, None),
     "clamp_len": (int, -1, 2**20),
@@ -860,9 +863,10 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
             found = torch.load(older, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise ValueError(
-                "pytorch_model.bin holds more than tensors and may run code; save it again as model.safetensors"
+                "pytorch_model.bin holds more than tensors and may run code, or is no file of weights; save the model "
+                "again as model.safetensors"
             ) from None
-        except (RuntimeError, EOFError):  # what torch.load raises depends on where the file ends
+        except Exception:  # torch.load raises anything for a file that torch.save did not write
             raise ValueError("pytorch_model.bin is damaged; fetch or save it again") from None
         if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             raise ValueError("pytorch_model.bin is not a dict of tensors; save the model's state_dict")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
 import main
 import xlnet
+from support import UserError, mistakes_in_one_line
 
 DOCS = Path(__file__).resolve().parent
 LEARNING = DOCS.parent / "benchmarks" / "results" / "learning.csv"
@@ -275,8 +276,11 @@ def choose_slot(share: Tensor, batch: dict[str, Tensor], pieces: list[str], hidd
     for slot, at in enumerate(batch["target_mapping"][:, 0].tolist()):
         in_middle = 12 <= at < reuse_len - 12
         n_hidden = hidden[at, at - 6 : at + 7].sum() - 1  # without itself
-        if in_middle and len(pieces[at]) > 4 and pieces[at].isalpha() and n_hidden > 0:
+        word = pieces[at].removeprefix("▁")  # SentencePiece's mark of a word's beginning
+        if in_middle and len(word) > 4 and word.isalpha() and n_hidden > 0:
             slots.append(slot)
+    if not slots:
+        raise UserError("--text: no target of the first window is a long word with hidden neighbours; give another")
     return min(slots, key=lambda slot: abs(probability[slot] - 0.5))
 
 
@@ -356,4 +360,5 @@ def draw(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    draw()
+    with mistakes_in_one_line("figures.py"):
+        draw()

@@ -130,7 +130,8 @@ def restore(
 ) -> list[list[torch.Tensor] | None]:
     """Restore optimizer, gradients and random states as `collect` saved them; return the memory of this process's rows.
 
-    If the number of processes has changed, dropout differs, and each process takes the mean of all gradients.
+    With another number of processes each gets a new random state, so dropout differs from that of an unbroken run, and
+    each starts from the mean of the saved gradients.
     """
     moments = {number: each for number, each in state.optimizer["state"].items() if each is not None}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -215,8 +216,10 @@ def set_aside(output_dir: str, step: int) -> None:
     if the process is killed before that, --resume finds the same one as before. The metrics.csv of a run that saved
     nothing is deleted.
 
-    Raises UserError if the folder cannot be written to.
+    The first process does this; the others only call it. Raises UserError if the folder cannot be written to.
     """
+    if processes.rank() > 0:
+        return
     metrics = Path(output_dir) / "metrics.csv"
     later = [path for path in reversed(checkpoints(output_dir)) if step_of(path) > step]
     try:
@@ -335,9 +338,11 @@ def find(name: str, output_dir: str | None) -> tuple[str, TrainingState]:
     if not name and not os.path.isdir(output_dir):
         raise UserError(f"--resume: --output_dir {output_dir} does not exist; leave --resume out to begin a run there")
     in_folder = checkpoints(name or output_dir)
+    if not name and not in_folder:
+        raise UserError(f"--resume: {output_dir} has no checkpoint yet; leave --resume out to begin a run there")
     if name and not in_folder and not any((Path(name) / file).exists() for file in ("SHA256SUMS", "trainer_state.pt")):
         raise UserError(f"--resume {name} is not a checkpoint and holds none; give the folder of one, or of a run")
-    for path in in_folder if in_folder or not name else [Path(name)]:
+    for path in in_folder or [Path(name)]:
         damaged = damaged_file(path)
         if damaged is None:
             return str(path), load(path)

@@ -75,7 +75,8 @@ class SpecialPieces(NamedTuple):
 class Tokenizer:
     """The interface of all tokenizers.
 
-    A new kind needs these attributes and methods, and a case in `load_tokenizer`. Each worker process makes its own
+    A new kind needs these attributes and methods, a case in `load_tokenizer`, and its `saved_name` in
+    `find_vocabulary` and in `hub.SMALL_FILES`. Each worker process makes its own
     tokenizer, from the vocabulary file alone.
     """
 

@@ -202,9 +202,12 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if args.min_lr_ratio > 1:
         raise UserError(f"--min_lr_ratio {args.min_lr_ratio} is a share of --learning_rate; give at most 1")
     if args.output_dir and args.n_head * args.d_head != args.d_model:
+        remedy = f"--d_head {args.d_model // args.n_head}"
+        if args.d_model % args.n_head:
+            remedy = f"--n_head {nearest_divisors(args.n_head, args.d_model, args.d_model)} without --d_head"
         raise UserError(
             f"--n_head {args.n_head} times --d_head {args.d_head} is not --d_model {args.d_model}, which a Hugging "
-            f"Face XLNet needs; leave out --output_dir, or try --d_head {max(1, args.d_model // args.n_head)}"
+            f"Face XLNet needs; leave out --output_dir, or try {remedy}"
         )
     if args.save_steps and not args.output_dir:
         raise UserError(f"--save_steps {args.save_steps} needs --output_dir; give a folder")
@@ -239,8 +242,8 @@ def check_memory(args: argparse.Namespace, n_token: int, world_size: int) -> Non
             f"this machine has "
             f"{memory / 1e9:,.0f} GB; give a smaller shape"
         )
-    # The backward pass needs the scores of all heads, here in bfloat16. The last layer has only the mask of the content
-    # stream.
+    # The backward pass keeps the scores of every head in each layer but the last, which has no content stream. The 1
+    # counts the mask of the content stream. Two bytes each: a run may use bfloat16.
     n_scores = args.batch_size // world_size * args.seq_len**2 * (1 + (args.n_layer - 1) * args.n_head)
     if 2 * n_scores > memory:
         raise UserError(

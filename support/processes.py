@@ -255,9 +255,10 @@ def gather(value: object) -> list | None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[..., int]]:
-    """Yield a function that returns a SIGINT, SIGTERM or SIGHUP that any process has received, 0 before.
+    """Yield a function that returns the number of the stop signal that any process has received, or 0.
 
-    All processes must call the function, and it returns the same signal in all.
+    Stop signals are SIGINT, SIGTERM and SIGHUP. All processes must call the function. It returns the same number in
+    all: the largest, if they received different ones.
 
     A signal number given to the function counts as received by this process if no signal came before.
 

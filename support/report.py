@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import gc
+import math
 import os
 import statistics
 import sys
@@ -29,6 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 RECENT = 20  # steps over which speeds are averaged
 LONG = 600  # seconds; a longer run prints how long it will take
+DRAW_INTERVAL = 10  # least seconds between two drawings of loss.png, which takes a third of a second
 
 
 class Reporter:
@@ -71,6 +73,8 @@ class Reporter:
         self.last: dict[str, Any] = {}  # metrics of the last step reported
         # the row not yet in metrics.csv, the same dict as `last`: `validation` may still add its loss
         self.row: dict[str, Any] | None = None
+        self.drawn_at = -math.inf  # when loss.png was drawn
+        self.is_stale = False  # loss.png is older than the last checkpoint
         self.output_dir = None if silent else output_dir
         self.file = self.events = None
         if self.output_dir and tensorboard:
@@ -204,6 +208,12 @@ class Reporter:
                 self.file = None
         self.row = None
 
+    def draw_if_due(self) -> None:
+        """Draw loss.png unless that was DRAW_INTERVAL seconds ago or less; then a later call or `close` draws it."""
+        self.is_stale = time.perf_counter() - self.drawn_at <= DRAW_INTERVAL
+        if not self.is_stale:
+            self.draw()
+
     def draw(self) -> None:
         """Draw loss.png from metrics.csv, where matplotlib is installed."""
         self.flush()
@@ -212,10 +222,13 @@ class Reporter:
                 draw_loss(Path(self.output_dir))
             except OSError as error:
                 warn(f"{self.output_dir}/loss.png: {error.strerror}; it is not drawn")
+        self.drawn_at = time.perf_counter()
 
     def close(self) -> None:
-        """End the progress bar and close all files."""
+        """End the progress bar, draw loss.png if it is stale, and close all files."""
         self.flush()
+        if self.is_stale:
+            self.draw()
         self.progress.close()
         if self.file:
             self.file.close()

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import main
-from support import checkpoint, corpus, report
+from support import UserError, checkpoint, corpus, report
 from support.checkpoint import checkpoints, damaged_file
 from xlnet import XLNet
 
@@ -437,6 +437,15 @@ def test_damage_is_told(tmp_path, capsys, twelve_steps):
     for step, line in zip((12, 8, 4), lines, strict=False):
         assert f"checkpoint-{step} is damaged: config.json is not as it was written" in line
     assert "no whole checkpoint" in lines[3]
+
+
+def test_resuming_before_the_first_checkpoint(tmp_path):
+    """A run killed so early begins again in the same folder, as the message says."""
+    out = str(tmp_path / "out")
+    main.checkpoint.open_output_dir(out, None)
+    with pytest.raises(UserError, match=r"out has no checkpoint yet; leave --resume out to begin a run there"):
+        main.prepare(["--output_dir", out, "--resume"])
+    assert main.prepare(["--output_dir", out]).first_step == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt"])

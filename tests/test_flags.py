@@ -394,6 +394,7 @@ MISTAKES = [
     ("--seq 128", ["--seq"]),  # no abbreviations
     ("--init zeros", ["--init", "zeros", "local"]),
     ("--output_dir {files}/new --d_head 9", ["--d_head 9", "--d_model 32", "Hugging Face", "try --d_head 8"]),
+    ("--output_dir {files}/new --n_head 5", ["--n_head 5 times --d_head 6", "try --n_head 4 or 8 without --d_head"]),
     ("--output_dir {files}/short.txt", ["--output_dir", "a folder to write to"]),
     ("--save_steps 3", ["--save_steps 3", "--output_dir"]),
     ("--tensorboard", ["--tensorboard", "--output_dir"]),

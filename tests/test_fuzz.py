@@ -26,7 +26,8 @@ SIZES = ["1", "2", "3", "4", "6", "16"]
 FILES = ["text.txt", "short.txt", "empty.txt", "vocab.txt", "nowhere", "nowhere/too", "folder", "", " ", "x" * 300]
 FILES += ["/dev/null", "text.txt/x"]
 BOOLS = ["True", "False", "yes", "0", "maybe", "", "2"]
-VALUES = {  # of each flag, legal ones and others. Not --compile, which takes a minute
+NOT_DRAWN = {"compile", "eval_only", "log_steps"}  # a minute; no training; fewer lines, which the test counts
+VALUES = {  # of each other flag, legal ones and others
     "data": FILES,
     "cache_dir": [*FILES, "cache"],
     "tokenizer": [*FILES, "bert-base-uncased", "bert"],
@@ -53,6 +54,7 @@ VALUES = {  # of each flag, legal ones and others. Not --compile, which takes a 
     "init_std": [*NUMBERS, "0.02", "1000000"],
     "batch_size": [*NUMBERS, *SIZES],
     "rows": [*NUMBERS, *SIZES],
+    "optimizer": ["adamw", "muon", "", "sgd"],
     "learning_rate": [*NUMBERS, "1e-4", "8", "1000000"],
     "weight_decay": [*NUMBERS, "0.1", "1000000"],
     "adam_epsilon": [*NUMBERS, "1e-6", "1000000"],
@@ -149,6 +151,10 @@ def run_or_refuse(run):
     assert losses and all(math.isfinite(loss) for loss in losses)
     assert "Error" not in err and "Warning" not in err
     return True
+
+
+def test_every_flag_is_drawn():
+    assert {*VALUES, *NOT_DRAWN} == set(vars(main.flags.parse([])))
 
 
 @pytest.mark.slow

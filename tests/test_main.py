@@ -1,6 +1,7 @@
 """The command as a user meets it: what it prints and learns; and the training loop, step by step."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -561,6 +562,41 @@ def test_evaluating_alone(documents, tmp_path, capsys, monkeypatch):
     assert before == sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*") if path.name != ".lock")
 
 
+def test_evaluating_alone_needs_no_training_text(documents, tmp_path):
+    """--eval_only neither reads --data nor needs as many windows in it as --batch_size; the loss is the same."""
+    out = tmp_path / "out"
+    trained = main.main([*SMALL, *TINY, "--valid", str(documents), "--output_dir", str(out), "--train_steps", "2"])
+    words = ["--init_checkpoint", str(out), "--valid", str(documents), "--eval_only", "--batch_size", "99"]
+    result = main.main([*words, "--data", str(tmp_path / "no such text"), "--grad_accum_steps", "999"])
+    assert result["validation_loss"] == pytest.approx(trained["validation_loss"], abs=1e-6)
+
+
+def test_stopping_an_evaluation(documents, tmp_path, monkeypatch, capsys):
+    """A signal during --eval_only gives one line, which names no step and no folder."""
+    out = tmp_path / "out"
+    texts = [*TINY, "--data", str(documents), "--valid", "0.2"]
+    main.main([*SMALL, *texts, "--output_dir", str(out), "--train_steps", "2"])
+    monkeypatch.setattr(main, "evaluate", lambda *inputs: signal.raise_signal(signal.SIGTERM))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--resume", str(out), "--eval_only"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "main.py: stopped before the evaluation was complete\n"
+
+
+@pytest.mark.parametrize("name, value", [("perm_size", 0), ("perm_size", -8), ("seq_len", 0), ("num_predict", 2**40)])
+def test_wrong_lengths_of_a_checkpoint_are_named(documents, tmp_path, name, value):
+    """With the entry of config.json; with --seq_len the lengths come from the flags, and the model can be used."""
+    out = tmp_path / "out"
+    main.main([*SMALL, *TINY, "--data", str(documents), "--output_dir", str(out), "--train_steps", "2"])
+    config = out / "checkpoint-2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    words = ["--data", str(documents), "--init_checkpoint", str(out / "checkpoint-2")]
+    with pytest.raises(UserError, match=f"config.json sets {name} to {value}, .*; give --seq_len"):
+        main.prepare(words)
+    assert main.prepare([*words, "--seq_len", "32"]).args.perm_size == 16
+
+
 def test_a_trained_model_is_evaluated_before_it_goes_on(documents, tmp_path, capsys):
     """--init_checkpoint takes the newest checkpoint of a run's folder, its dropout too; a flag given wins."""
     out = tmp_path / "out"
@@ -777,7 +813,7 @@ def test_ctrl_c_before_the_first_step(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main.main([])
     err = capsys.readouterr().err
-    assert stop.value.code == 130 and err.count("\n") == 1 and "nothing is saved" in err
+    assert stop.value.code == 130 and err.count("\n") == 1 and "nothing new is saved" in err
 
 
 @POSIX

@@ -357,6 +357,25 @@ def test_a_picture_of_any_number_of_steps(tmp_path):
     assert len(pictures) == 3 and all(picture[:4] == b"\x89PNG" for picture in pictures)
 
 
+def test_pictures_take_little_of_a_run(tmp_path, monkeypatch):
+    """loss.png is drawn at the first save, then once in ten seconds at most; the end draws it only if it is stale."""
+    drawn = []
+    monkeypatch.setattr(report, "draw_loss", drawn.append)
+    for times, expected, at_end in (([1.0, 2.0, 10.9, 11.1, 15.0], [1, 1, 1, 2, 2], 3), ([1.0], [1], 1)):
+        reporter = make_reporter(tmp_path)
+        report_steps(reporter, [1])
+        counts = []
+        for now in times:
+            monkeypatch.setattr(report.time, "perf_counter", lambda now=now: now)
+            reporter.draw_if_due()
+            counts.append(len(drawn))
+        monkeypatch.undo()
+        monkeypatch.setattr(report, "draw_loss", drawn.append)
+        reporter.close()
+        assert counts == expected and drawn == at_end * [tmp_path]
+        drawn.clear()
+
+
 def test_a_picture_leaves_nothing_in_memory(tmp_path):
     """Its parts refer to each other, and a run that draws at every save would grow until Python collects them."""
     reporter = make_reporter(tmp_path)
