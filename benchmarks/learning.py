@@ -51,7 +51,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, MaskedTargets, Peer, WindowsForBert
+from neighbours import (
+    Bert,
+    Collated,
+    CollatedForBert,
+    CollatedForPeer,
+    FiveGram,
+    MaskedTargets,
+    Peer,
+    Unigram,
+    WindowsForBert,
+)
 
 import data_utils
 import main
@@ -150,7 +160,7 @@ class Judge:
         )
 
 
-def five_gram_loss(model: FiveGram, loader: Loader) -> float:
+def loss_of_counts(model: FiveGram | Unigram, loader: Loader) -> float:
     """Return the loss of a model that reads from left to right, on one pass over a loader's targets, in nats a target.
 
     A target's context is the four tokens before it in its window; at the window's beginning, in the text before it.
@@ -184,7 +194,7 @@ class Variant(NamedTuple):
 
 CHUNKS = "--mem_len 0 --rows 1"  # no memory, and one chunk a batch
 LIKE_THE_COLLATOR = (WithoutSegments, MaskedTargetsWithoutSegments)
-FIVE_GRAM = "five-gram"  # counted, not trained: it has neither seed nor curve
+COUNTS = {"unigram": Unigram, "five-gram": FiveGram}  # not trained: they have neither seed nor curve
 VARIANTS = {
     "default": Variant(),
     # one change each
@@ -197,7 +207,7 @@ VARIANTS = {
     # neighbours; initialization and clipping as in run_plm.py and run_mlm.py
     "transformers": Variant(f"{CHUNKS} --clip 1.0", CollatedForPeer, Peer, LIKE_THE_COLLATOR),
     "bert": Variant(f"{CHUNKS} --clip 1.0", CollatedForBert, Bert, (WindowsForBert,), Bert),
-    FIVE_GRAM: Variant(),
+    **dict.fromkeys(COUNTS, Variant()),
 }
 # The benchmark sets these for all variants; with different values, held-out losses would not be comparable.
 NOT_A_VARIANT = {
@@ -222,8 +232,8 @@ def find_variant(words: str) -> Variant:
         beginning = max(names, key=len)
         variant = VARIANTS[beginning]
     given = words.removeprefix(beginning).split()
-    if given and beginning == FIVE_GRAM:
-        raise UserError(f"--variants {words!r}: counts take no flags; give {FIVE_GRAM!r}")
+    if given and beginning in COUNTS:
+        raise UserError(f"--variants {words!r}: counts take no flags; give {beginning!r}")
     for flag in given:
         check_flag(flag.partition("=")[0], words)
     return variant._replace(flags=" ".join([variant.flags, *(f"--{flag}" for flag in given)]).strip())
@@ -305,14 +315,14 @@ def common_flags(options: argparse.Namespace, seed: str) -> list[str]:
     return ["--data", options.data, "--seed", seed, *SHAPES[options.shape].split()]
 
 
-def count_five_grams(task: Task) -> list[dict[str, str]]:
-    """Count the five-grams of the text; return their only row for the csv."""
+def count(task: Task) -> list[dict[str, str]]:
+    """Count the tokens or five-grams of the text; return the only row for the csv."""
     options = task.options
     run = main.prepare(["--data", options.data, "--valid", options.valid])
     begin = time.perf_counter()
-    model = FiveGram(run.text.ids, run.vocab.size)
+    model = COUNTS[task.variant](run.text.ids, run.vocab.size)
     seconds = time.perf_counter() - begin
-    loss = five_gram_loss(model, run.valid_loader)
+    loss = loss_of_counts(model, run.valid_loader)
     machine = f"{cpu_name()}, 1 threads"  # numpy counts on one
     with PROGRESS:
         PROGRESS.value += POINTS
@@ -321,8 +331,8 @@ def count_five_grams(task: Task) -> list[dict[str, str]]:
 
 def train(task: Task) -> list[dict[str, str]]:
     """Train one variant with one seed, or count; return the rows of the curve, and save the weights on request."""
-    if task.variant == FIVE_GRAM:
-        return count_five_grams(task)
+    if task.variant in COUNTS:
+        return count(task)
     options, variant = task.options, find_variant(task.variant)
     argv = [*common_flags(options, task.seed), "--train_steps"]
     limit = 60 * options.minutes if options.minutes else math.inf  # seconds
@@ -576,7 +586,7 @@ def print_table(curves: dict[str, list[list[dict[str, str]]]]) -> None:
         spread = f"{statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
         updates = statistics.fmean(int(run[-1]["updates"]) for run in runs)
         training = ""
-        if name != FIVE_GRAM:
+        if name not in COUNTS:
             training = f"{statistics.fmean(float(run[-1]['training_loss']) for run in runs):.3f}"
         print(f"| {name} | {len(runs)} | {updates:,.0f} | {mean:.3f} | {spread} | {mean - first:+.3f} | {training} |")
 
@@ -592,7 +602,7 @@ def draw(options: argparse.Namespace, curves: dict[str, list[list[dict[str, str]
     for place, (name, runs) in enumerate(curves.items()):
         losses = np.array([[float(row["held_out_loss"]) for row in run] for run in runs])  # [seeds, POINTS]
         colour = f"C{place % 10}"
-        if name != FIVE_GRAM:
+        if name not in COUNTS:
             at = np.mean([[float(row[unit]) / scale for row in run] for run in runs], axis=0)
             left.plot(at, losses.mean(axis=0), color=colour)
         last = losses[:, -1]
@@ -668,9 +678,9 @@ def plan(options: argparse.Namespace) -> list[Task]:
     missing: list[Task] = []
     found: dict[str, list[Task]] = {}  # the runs of each commit
     for seed, variant in itertools.product(options.seeds, options.variants):
-        if variant == FIVE_GRAM and seed != options.seeds[0]:
+        if variant in COUNTS and seed != options.seeds[0]:
             continue
-        task = Task(options, variant, "" if variant == FIVE_GRAM else str(seed))
+        task = Task(options, variant, "" if variant in COUNTS else str(seed))
         run = (text, options.shape, budget(options), TARGETS, task.variant, task.seed)
         if run in commit_of:
             found.setdefault(commit_of[run], []).append(task)

@@ -1,7 +1,8 @@
-"""Models that learning.py compares with ours: transformers' XLNet and BERT, and a 5-gram model.
+"""Models that learning.py compares with ours: transformers' XLNet and BERT, a unigram and a 5-gram model.
 
 Peer       XLNetLMHeadModel, with the batches of transformers' example run_plm.py
 Bert       BertForMaskedLM, with the batches of transformers' example run_mlm.py
+Unigram    how often each token occurs: what a model on the plateau knows
 FiveGram   Kneser-Ney counts; it reads from left to right and has nothing to train
 
 `Peer` and `Bert` have the constructor, the `forward` and the `save_pretrained` that main.py expects of a model. Their
@@ -245,7 +246,22 @@ class Bert(nn.Module):
         self.peer.save_pretrained(directory)
 
 
-# ---------------------------------------------------------------- the 5-gram model
+# ---------------------------------------------------------------- counts
+
+
+class Unigram:
+    """The frequency of each token in a text, with one more occurrence of each entry of the vocabulary.
+
+    ids: [n_tokens] int, the text; n_token: size of the vocabulary
+    """
+
+    def __init__(self, ids: np.ndarray, n_token: int):
+        count = 1 + np.bincount(ids, minlength=n_token)
+        self.log_share = np.log(count / count.sum())
+
+    def log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """Return the natural logarithm of the probability of each token: [len(ids)]."""
+        return self.log_share[ids]
 
 
 class Grams(NamedTuple):

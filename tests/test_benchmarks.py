@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import learning
 import probe
 import step_time
+from neighbours import FiveGram, Unigram
 
 DATA = str(Path(main.__file__).parent / "data.txt")
 SMALL = ["--data", DATA, "--n_layer", "2", "--train_steps", "9"]
@@ -120,7 +121,7 @@ def test_flags_are_variants():
         ("bf16 seed=1", "--variants 'bf16 seed=1': seed is the same for all variants; leave it out"),
         ("init_checkpoint=out", "init_checkpoint is the same for all variants"),
         ("tokenizer=xlnet", "tokenizer is the same for all variants"),
-        ("five-gram clip=1", "--variants 'five-gram clip=1': counts take no flags"),
+        ("five-gram clip=1", "--variants 'five-gram clip=1': counts take no flags; give 'five-gram'"),
         ("five-grams", "'five-grams' is no flag"),
         ("nowhere.py:Mine", "--variants nowhere.py:Mine: there is no file nowhere.py"),
         ("{own}:Neither", "own.py:Neither is no class; give one derived from data_utils.Loader or xlnet.XLNet"),
@@ -302,7 +303,7 @@ def test_counts_are_judged_on_the_same_targets(tmp_path):
     def number(tokens):  # differs for all contexts
         return sum(7**k * int(token) for k, token in enumerate(tokens))
 
-    class LastFive(learning.FiveGram):
+    class LastFive(FiveGram):
         def __init__(self):
             pass
 
@@ -323,7 +324,7 @@ def test_counts_are_judged_on_the_same_targets(tmp_path):
             place = position + len(before)
             at_beginning += position == 0 and begin > 0
             losses.append(number(ids[max(0, place - 4) : place + 1]))
-    assert learning.five_gram_loss(LastFive(), loader) == pytest.approx(np.mean(losses), rel=1e-12)
+    assert learning.loss_of_counts(LastFive(), loader) == pytest.approx(np.mean(losses), rel=1e-12)
     assert at_beginning > 3
 
 
@@ -452,16 +453,17 @@ def test_every_curve_of_this_repository_has_a_name_that_works():
 @pytest.mark.slow
 def test_counts_are_one_row_of_the_table(tmp_path, made, valid, capsys):
     """Whatever the seeds, they are counted once; the row has their loss on the targets of all others."""
-    command = ["--updates", "1", "--data", DATA, "--valid", valid, "--variants", "default", "five-gram"]
+    command = ["--updates", "1", "--data", DATA, "--valid", valid, "--variants", "default", "unigram", "five-gram"]
     command += ["--seeds", "3", "4", "--csv", str(tmp_path / "t.csv"), "--png", str(tmp_path / "t.png")]
     for _ in range(2):
         learning.benchmark(command)
     assert made == [3, 0]
     run = main.prepare(["--data", DATA, "--valid", valid])
-    loss = learning.five_gram_loss(learning.FiveGram(run.text.ids, run.vocab.size), run.valid_loader)
     out, err = capsys.readouterr()
-    assert re.search(re.escape(f"| five-gram | 1 | 0 | {loss:.3f} |  | ") + r"[-+]\S+ \|  \|$", out.splitlines()[-1])
-    assert "3 runs to make: default (3, 4), five-gram\n" in err
+    for name, model, line in zip(("unigram", "five-gram"), (Unigram, FiveGram), out.splitlines()[-2:], strict=True):
+        loss = learning.loss_of_counts(model(run.text.ids, run.vocab.size), run.valid_loader)
+        assert re.search(re.escape(f"| {name} | 1 | 0 | {loss:.3f} |  | ") + r"[-+]\S+ \|  \|$", line)
+    assert "4 runs to make: default (3, 4), unigram, five-gram\n" in err
 
 
 # ---------------------------------------------------------------- learning.py: runs

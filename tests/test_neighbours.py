@@ -14,7 +14,7 @@ from xlnet import XLNet, prediction_loss
 
 sys.path.insert(0, str(Path(main.__file__).parent / "benchmarks"))
 import neighbours
-from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, Peer
+from neighbours import Bert, Collated, CollatedForBert, CollatedForPeer, FiveGram, Peer, Unigram
 
 DATA = str(Path(main.__file__).parent / "data.txt")
 CHUNKS = ["--data", DATA, "--n_layer", "2", "--train_steps", "9", "--mem_len", "0", "--rows", "1"]
@@ -226,6 +226,12 @@ def test_probabilities_sum_to_one(seed, n_token):
     for context in contexts:
         total = sum(np.exp(model.log_probs([*context, token])[-1]) for token in range(n_token))
         assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_unigrams_are_frequencies():
+    """Each entry counts once more than it occurs, and the tokens before make no difference."""
+    probability = np.exp(Unigram(np.array([2, 0, 2, 2]), 4).log_probs(np.array([0, 1, 2, 3, 2])))
+    assert probability == pytest.approx(np.array([2, 1, 4, 1, 4]) / 8, rel=1e-12)
 
 
 def test_four_tokens_before_count():
