@@ -1,6 +1,6 @@
 """Report a run: lines on stdout, a progress bar, metrics.csv, TensorBoard events and loss.png.
 
-A problem with metrics.csv or loss.png is a warning and does not end the run.
+A problem with metrics.csv or loss.png, or a full disk under stdout, is a warning and does not end the run.
 """
 
 import contextlib
@@ -189,10 +189,11 @@ class Reporter:
             with self.progress.external_write_mode():
                 try:
                     print(text, flush=True)
-                except OSError as error:  # python main.py | head
-                    if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
-                        raise
-                    self.reader_is_gone = True
+                except OSError as error:
+                    if error.errno in (errno.EPIPE, errno.EINVAL):  # python main.py | head; Windows says EINVAL
+                        self.reader_is_gone = True
+                    else:
+                        warn(f"stdout: {error.strerror}; no more lines are printed")
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def flush(self) -> None:

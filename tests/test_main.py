@@ -844,6 +844,17 @@ def test_a_reader_that_leaves_stops_a_run_that_saves(tmp_path):
     assert err.endswith(f"saved {newest}; go on with --resume {newest.parent}\n") and err.count("\n") == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.slow
+def test_a_full_disk_under_stdout_ends_no_run(tmp_path):
+    """python main.py --output_dir out > log: one line on stderr, and the checkpoint is there."""
+    command = [sys.executable, str(ROOT / "main.py"), *SMALL, "--train_steps", "3", "--output_dir", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and (tmp_path / "checkpoint-3").is_dir()
+    assert done.stderr == "main.py: stdout: No space left on device; no more lines are printed\n"
+
+
 @pytest.mark.slow
 def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path):
     """In the first line, where the terminal knows ASCII alone."""
