@@ -285,9 +285,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropatt: float
     n_key = attn_mask.size(3)
     if n_key < k.size(2):
         k, v = k[:, :, :n_key], v[:, :, :n_key]
-    if q.device.type != "cpu":
+    if q.device.type in ("cuda", "xpu"):
         # PyTorch's fused kernels store no score. The memory-efficient one takes a mask, and queries wider than values,
-        # in multiples of 8. On a CPU the fused kernel is slower than the lines below.
+        # in multiples of 8. On a CPU the fused kernel is slower than the lines below. On a Mac's GPU the call is wrong
+        # for queries wider than values before PyTorch 2.12 (github.com/pytorch/pytorch/issues/176767).
         rate = dropatt if training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate, scale=1.0)
     score = q @ k.mT

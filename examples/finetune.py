@@ -318,7 +318,7 @@ def load(checkpoint: Path, labels: list[str]) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise UserError("this program needs a package that is not here; pip install 'transformers>=5,<6'") from None
+        raise UserError('this program needs a package that is not here; pip install "transformers>=5,<6"') from None
     transformers.logging.set_verbosity_error()  # it would report the missing head, which is expected here
     transformers.logging.disable_progress_bar()
     id2label = dict(enumerate(labels))

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,13 @@ def make_vocabulary(args: argparse.Namespace) -> None:
     else:
         train_word_piece(lines, folder, args)
     print(fit(corpus.load_tokenizer(folder), lines))
-    print(f"use it: python main.py --data {shlex.join(args.text)} --tokenizer {shlex.quote(args.output_dir)}")
+    words = ["python", "main.py", "--data", *args.text, "--tokenizer", args.output_dir]
+    print("use it:", command_line(words, sys.platform))
+
+
+def command_line(words: Sequence[str], platform: str) -> str:
+    """Return words as a command to paste, with the quotes of that platform: Windows' cmd knows no single ones."""
+    return subprocess.list2cmdline(words) if platform == "win32" else shlex.join(words)
 
 
 def announce(args: argparse.Namespace, n_used: int, n_bytes: int) -> None:

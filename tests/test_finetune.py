@@ -319,5 +319,5 @@ def test_a_mistake_gets_one_line(word_piece, tmp_path, monkeypatch, capsys, flag
 def test_without_transformers(word_piece, monkeypatch):
     """The message names the package and how to install it."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install 'transformers>=5,<6'"):
+    with pytest.raises(UserError, match='pip install "transformers>=5,<6"'):
         finetune.load(word_piece, ["no", "yes"])

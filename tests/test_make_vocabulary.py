@@ -273,6 +273,12 @@ def test_the_command_that_it_prints_works(text, tmp_path):
     assert done.returncode == 0 and done.stderr == "" and "0.0% unknown" in done.stdout
 
 
+@pytest.mark.parametrize("platform, quoted", [("win32", r'"C:\my texts\a.txt"'), ("linux", r"'C:\my texts\a.txt'")])
+def test_names_are_quoted_as_the_platform_does(platform, quoted):
+    """A name with a space; a plain name gets no quotes."""
+    assert make_vocabulary.command_line(["--data", r"C:\my texts\a.txt", "out"], platform) == f"--data {quoted} out"
+
+
 def test_unknown_pieces_are_counted(tmp_path):
     """Half of the pieces of a text in another script are unknown: each word is its mark and an unknown piece."""
     tokenizer = make(ROOT / "data.txt", "--output_dir", tmp_path / "v", "--size", 300)

@@ -445,11 +445,14 @@ def test_rel_attn_core_equals_a_loop(form):
             torch.testing.assert_close(out[0, n, query], prob @ v[0, n, seen], rtol=1e-4, atol=1e-5)
 
 
-class AsOnAGpu(TorchFunctionMode):
-    """Let tensors say that they are on a GPU."""
+class AsOn(TorchFunctionMode):
+    """Let tensors say that they are on another device."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return torch.device("cuda") if func == torch.Tensor.device.__get__ else func(*args, **(kwargs or {}))
+        return self.device if func == torch.Tensor.device.__get__ else func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -461,13 +464,22 @@ def test_the_call_of_a_fused_kernel_computes_the_same(dtype):
     given = [torch.randn(2, 3, n, width, dtype=dtype, requires_grad=True) for n, width in ((5, 8), (9, 8), (9, 4))]
     out = xlnet.attention(*given, mask, dropatt=0.5, training=False)
     expected = torch.autograd.grad(out.square().sum(), given)
-    with AsOnAGpu():
+    with AsOn("cuda"):
         fused = xlnet.attention(*given, mask, dropatt=0.5, training=False)
         dropped = xlnet.attention(*given, mask, dropatt=0.5, training=True)
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)  # 8 bits
     torch.testing.assert_close(fused, out, **tolerance)
     torch.testing.assert_close(torch.autograd.grad(fused.square().sum(), given), expected, **tolerance)
     assert not torch.allclose(dropped, out, rtol=0.1)
+
+
+def test_a_mac_computes_attention_without_the_fused_call(monkeypatch):
+    """There the call returned values as wide as the queries, until PyTorch 2.12."""
+    monkeypatch.setattr(xlnet.F, "scaled_dot_product_attention", None)
+    q, k, v, mask = (torch.randn(size) for size in ((2, 3, 5, 8), (2, 3, 9, 8), (2, 3, 9, 4), (2, 1, 5, 9)))
+    plain = xlnet.attention(q, k, v, mask, dropatt=0.0, training=True)
+    with AsOn("mps"):
+        assert torch.equal(xlnet.attention(q, k, v, mask, dropatt=0.0, training=True), plain)
 
 
 @pytest.mark.parametrize(
