@@ -556,8 +556,8 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         "--optimizer",
         choices=("adamw", "muon"),
         default="adamw",
-        help="muon: orthogonal updates of all matrices but embeddings, adamw for the rest; it pays from width 64 on "
-        "(default: %(default)s)",
+        help="muon: orthogonal updates of all matrices but embeddings, adamw for the rest; a lower loss after as many "
+        "updates, in 5%% more time (default: %(default)s)",
     )
     group.add_argument(
         "--learning_rate",
