@@ -352,7 +352,7 @@ def prepare(
         name = f"valid {args.valid}"
         valid_loader = make_loader(name, valid_text, vocab, args, n_rows, together, 0, loader_class)
     if args.eval_only:
-        loader = valid_loader
+        text, loader = valid_text, valid_loader
     else:
         if args.rows is None:
             args.rows = default_rows(len(text.ids), args.batch_size, *window)
@@ -451,17 +451,16 @@ def lengths_of_model(source: str, name: str) -> dict[str, int]:
 
 def load_texts(
     args: argparse.Namespace, tokenizer: corpus.Tokenizer, vocab: corpus.Vocabulary
-) -> tuple[corpus.Text, corpus.Text | None]:
-    """Return the text to train on and the one to validate on, if any; with --eval_only the latter twice."""
-    if args.eval_only and flags.share(args.valid) is None:
-        valid_text = corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
-        return valid_text, valid_text
-    text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
+) -> tuple[corpus.Text | None, corpus.Text | None]:
+    """Return the text to train on, None if nothing needs it, and the one to validate on, if any."""
+    is_share = bool(args.valid) and flags.share(args.valid) is not None
+    text = None
+    if is_share or not args.eval_only:
+        text = corpus.load_text("data", args.data, args.cache_dir, tokenizer, vocab)
+    if is_share:
+        return hold_out(text, args)
     if not args.valid:
         return text, None
-    if flags.share(args.valid) is not None:
-        text, valid_text = hold_out(text, args)
-        return (valid_text if args.eval_only else text), valid_text
     return text, corpus.load_text("valid", [args.valid], args.cache_dir, tokenizer, vocab)
 
 
